@@ -1,0 +1,72 @@
+# Every target sets up .venv by itself. `make fit` is the main job, `make test` is everything that must hold.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
+SIZE ?= 2.2MB
+RUN ?= runs/pocket
+
+# The tokenisers warn when a process forks after they used threads; ours are not worth the warning.
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fit test lint types unit claims docs bench lock clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY) ## .venv with the exact versions of requirements.lock
+
+# Torch goes in alone and first: whichever build of that version the machine offers (CPU or CUDA) then satisfies the rest.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed; %s is %d.%d. Choose one: make PYTHON=python3.12 ..." % (sys.executable, *v))'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); echo "no venv module: install python3-venv, or choose another: make PYTHON=..." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# One try: a machine without root or without a package source runs everything but the browser tests, which say so.
+$(BROWSER): $(READY)
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing chromium for the browser tests"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } </dev/null >$(VENV)/chromium.log 2>&1 \
+	    || echo "chromium could not be installed (see $(VENV)/chromium.log): the browser tests will be skipped"; \
+	else echo "no chromium and no way to install one: the browser tests will be skipped"; fi
+	@touch $@
+
+fit: $(READY) ## compress the shipped pocket model into SIZE and print the evidence
+	$(BIN)/trimtab fit pocket --size $(SIZE) --out $(RUN)
+
+test: lint types unit ## what continuous integration runs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY) $(BROWSER)
+	$(BIN)/python -m pytest -q $(PYTEST)
+
+claims: $(READY) ## re-run the checks of the papers' claims here and append the results to records/
+	$(BIN)/trimtab claim --all
+
+docs: $(READY) ## the documentation, with the pages of the methods, in site/
+	$(BIN)/python -m pip install --quiet -c requirements.lock "$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')"
+	$(BIN)/python -m trimtab.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(READY) ## speed and memory beside the original, as ratios in one run
+	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+lock: $(READY) ## write requirements.lock anew from what is installed
+	$(BIN)/python .ci/lock.py > requirements.lock.new && mv requirements.lock.new requirements.lock
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) site runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,214 @@
+"""Methods and their verbs: the whole interface between a paper and the engine.
+
+A method is a frozen dataclass whose fields are its configuration, with a `card` and one verb. The keyword-only parameters of the
+verb name the statistics that it wants; the engine reads them from the signature and injects them, so that what a method says it
+needs can never differ from what it uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trimtab.core.errors import UserError
+from trimtab.core.level import Level
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from trimtab.core.table import Row
+    from trimtab.formats.packed import Packed
+
+FACTS = frozenset(
+    {"float", "int", "sparse", "factored", "rotated", "trainable", "adapted", "elastic", "packed", "shared", "codebook"}
+    | {"norm-folded", "narrowed", "dropped"}
+)
+PROMISES = frozenset({"function", "shape", "mergeable", "exact", "extract", "deterministic", "monotone", "resumable"})
+FAMILIES = (
+    *("quant", "prune", "lowrank", "distill", "merge", "adapt", "optim", "nas", "moe", "attn", "arch", "kv", "serve", "dist"),
+    *("diffusion", "retrieve", "hw", "alloc"),
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method says of itself.
+
+    Fields:
+        name: the name in plans and on the command line.
+        catalogue: ids of the catalogue's rows that the method implements; empty for a baseline.
+        paper: the paper's identifier (`arXiv:2210.17323`) or citation.
+        claim: one sentence: what the method should show here.
+        requires: facts that every site it touches must have.
+        leaves: facts that it leaves on them; `float` is taken away by `int`, `codebook`, `sparse` and `factored` unless left again.
+        keeps: promises that the conformance battery tests.
+        levels: texts of levels that the method takes, coarse to fine: examples for `show`, and what the battery tries.
+        kinds: kinds of site that it can touch.
+        tolerance: for `keeps={"function"}`: the largest relative difference of outputs in fp32.
+    """
+
+    name: str
+    catalogue: tuple[int, ...] = ()
+    paper: str = ""
+    claim: str = ""
+    requires: frozenset[str] = frozenset()
+    leaves: frozenset[str] = frozenset()
+    keeps: frozenset[str] = frozenset()
+    levels: tuple[str, ...] = ()
+    kinds: frozenset[str] = frozenset({"linear", "head"})
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("requires", "leaves", "keeps", "kinds"):
+            object.__setattr__(self, name, frozenset(getattr(self, name)))
+        unknown = (self.requires | self.leaves) - FACTS | (self.keeps - PROMISES)
+        assert not unknown, f"card {self.name}: unknown facts or promises {sorted(unknown)}"
+
+
+class Method(ABC):
+    """Every method; a concrete one is a frozen dataclass, final, with a `card`."""
+
+    card: ClassVar[Card]
+    verb: ClassVar[str]
+
+    @classmethod
+    def family(cls) -> str:
+        """The family is the folder that the method's file lies in."""
+        return cls.__module__.split(".")[-2]
+
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        """Names of the statistics that the verb asks for: its keyword-only parameters."""
+        parameters = inspect.signature(getattr(cls, cls.verb)).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+    def config(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        pairs = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return {f.name: value for f, value in pairs if f.default is dataclasses.MISSING or value != f.default}
+
+
+class Solver(Method):
+    """`solve(weight, level, *, stats) -> Packed`: a pure function of one weight; no model, device or I/O."""
+
+    verb = "solve"
+
+    @abstractmethod
+    def solve(self, weight: Tensor, level: Any, **stats: Any) -> Packed:
+        """The weight `[out, in]` (fp32; a convolution flattened to `[out, in/groups*kh*kw]`) at a level, in its stored form."""
+
+
+@dataclass
+class Scene:
+    """What a rewriter works on: a model, its map, and the statistics of its sites.
+
+    Fields:
+        model: the module to change in place (parameters real where the rewrite may touch them).
+        modelmap: the traced `ModelMap` of that model; paths are those of `model.named_modules()`.
+        blocks: indices of the blocks to touch, whose weights are real; () where the model has none. A rewriter with
+            `scope = "block"` is called once a block, in forward order, with the one index.
+        levels: level for each site path that the plan names, of this step.
+        stats: path -> {statistic: tensor}, those named by the verb's keyword-only parameters.
+        edits: what a loader must replay to rebuild the changed structure from the original configuration (see `formats.structure`);
+            rewriters append.
+    """
+
+    model: nn.Module
+    modelmap: Any
+    blocks: tuple[int, ...] = ()
+    levels: Mapping[str, Level] = field(default_factory=dict)
+    stats: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    edits: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Rewriter(Method):
+    """`rewrite(scene, *, stats) -> None`: changes structure or folds and rotates, in place, over the sites that the levels name.
+
+    The keyword-only parameters are mappings path -> tensor of the statistic of that name.
+    """
+
+    verb = "rewrite"
+    scope: ClassVar[str] = "model"
+
+    @abstractmethod
+    def rewrite(self, scene: Scene, **stats: Any) -> None:
+        """Change the scene's model in place; sites and levels are in `scene.levels`."""
+
+
+class Allocator(Method):
+    """`allocate(rows, limits, *, ...) -> {unit: level text}`: sees rows only, never a model.
+
+    Keyword-only parameters may name `measure` (a callable {unit: choice} -> damage, end to end on the search data), `rng`,
+    `pairs` (interaction damages) or statistics by unit.
+    """
+
+    verb = "allocate"
+
+    @abstractmethod
+    def allocate(self, rows: list[Row], limits: Mapping[str, float], **extra: Any) -> dict[str, Row]:
+        """One row for each unit, such that the sum of every limited cost is within its limit."""
+
+
+VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in (Solver, Rewriter, Allocator)}
+
+
+@cache
+def discover() -> dict[str, type[Method]]:
+    """Every method found: the modules of each family's folder, then the entry-point group `trimtab.methods`."""
+    found: dict[str, type[Method]] = {}
+    for family in FAMILIES:
+        try:
+            package = importlib.import_module(f"trimtab.{family}")
+        except ModuleNotFoundError:
+            continue
+        for info in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{info.name}")
+            for value in vars(module).values():
+                if inspect.isclass(value) and value.__module__ == module.__name__ and issubclass(value, Method):
+                    found[value.card.name] = value
+    for entry in entry_points(group="trimtab.methods"):
+        cls = entry.load()
+        found[cls.card.name] = cls
+    return dict(sorted(found.items()))
+
+
+def method(name: str, **config: Any) -> Method:
+    """The method of that name with that configuration.
+
+    Raises:
+        UserError: no such method, no such field, or a value of another type than the field's default.
+
+    >>> method("gptq", damp=0.05).config()
+    {'damp': 0.05}
+    """
+    known = discover()
+    if name not in known:
+        raise UserError(f"unknown method {name!r}{did_you_mean(name, known)}; `trimtab methods` lists all {len(known)}")
+    cls = known[name]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in config.items():
+        if key not in fields:
+            hint = f"its fields are {', '.join(fields)}" if fields else "it has none"
+            raise UserError(f"method {name} has no field {key!r}; {hint}")
+        default = fields[key].default
+        numeric = isinstance(default, int | float) and not isinstance(default, bool)
+        fits = isinstance(value, int | float) if numeric else isinstance(value, type(default))
+        if default not in (None, dataclasses.MISSING) and not fits:
+            raise UserError(f"method {name}: {key}={value!r} was given, a {type(default).__name__} like {default!r} is needed")
+    return cls(**config)
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """`; did you mean 'x'?` where a known name is near, else nothing."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

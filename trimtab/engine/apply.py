@@ -1,0 +1,298 @@
+"""Apply a plan block by block: collect what its steps ask for, take each site to its level, pass the changed outputs on.
+
+Within a block the steps run in the plan's order; a step that changes weights ends the statistics of the block, and a later step collects
+them again. Inputs of a block come from the blocks before it as they are then, already changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import UserError
+from trimtab.core.level import Level
+from trimtab.core.method import Method, Rewriter, Scene, Solver
+from trimtab.core.site import Site
+from trimtab.engine.stats import Collector, gathers
+from trimtab.engine.stream import Flow, Stream
+from trimtab.formats.packed import Packed
+
+Resolved = list[tuple[Method, dict[str, Level]]]
+OUTSIDE = -1  # the place of everything before the first block in a progress report
+
+
+@dataclass
+class Applied:
+    """What a plan has made of a model.
+
+    Fields:
+        stream: the stream that holds the changed model.
+        packed: path -> stored weight of every solved site.
+        edits: changes of structure, for `formats.structure.replay`.
+        methods, levels: path -> name of the method that solved it, and its level.
+        rewrote: a rewrite changed other tensors as well.
+    """
+
+    stream: Stream
+    packed: dict[str, Packed]
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    methods: dict[str, str] = field(default_factory=dict)
+    levels: dict[str, Level] = field(default_factory=dict)
+    rewrote: bool = False
+
+
+def seed_for(path: str, seed: int) -> torch.Generator:
+    """The generator of a site: it depends on the run's seed and the site alone, so that order and resumption change nothing."""
+    import zlib
+
+    return torch.Generator().manual_seed((zlib.crc32(path.encode()) << 16) + seed)
+
+
+def solve(method: Solver, site: Site, weight: Tensor, level: Level, stats: Mapping[str, Tensor], seed: int) -> Packed:
+    """One site taken to its level, with the statistics that the method asks for.
+
+    Raises:
+        UserError: the method asks for a statistic that this site cannot have.
+    """
+    wanted = {}
+    for name in method.needs():
+        if name == "rng":
+            wanted[name] = seed_for(site.path, seed)
+        elif name in stats:
+            wanted[name] = stats[name]
+        else:
+            raise UserError(f"{method.card.name} needs the statistic {name}, which {site.path} ({site.kind}) does not have; use `rtn` there")
+    packed = method.solve(weight, level, **wanted)
+    broken = [k for k, t in packed.tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if broken:
+        raise UserError(f"{method.card.name} at {level} gave NaN or infinite {broken[0]} for {site.path}; more calibration data may help")
+    return packed
+
+
+def apply(
+    stream: Stream,
+    resolved: Resolved,
+    batch: Any,
+    chunk: int,
+    *,
+    seed: int = 0,
+    keep: Callable[[str, Callable[[], dict[str, Packed]]], dict[str, Packed]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Applied:
+    """Carry out a resolved plan on a stream's model; the stream is changed.
+
+    Args:
+        batch: calibration items.
+        chunk: items in one forward.
+        keep: commits what was solved in one place (`before`, a block's index, `behind`) and gives it back on a resumed run.
+        progress: called with (places done, places in all).
+    """
+    keep = keep or (lambda place, work: work())
+    done = Applied(stream, {})
+    if any(isinstance(m, Rewriter) for m, _ in resolved):
+        stream.whole_model()  # a rewrite changes tensors that no step stores, so the model stays in memory
+    for part in _segments(resolved):
+        if isinstance(part[0][0], Rewriter) and part[0][0].scope == "model":
+            stream = _rewrite_model(stream, part[0], batch, chunk, done)
+        else:
+            _pass(stream, part, batch, chunk, seed, keep, progress, done)
+    done.stream = stream
+    return done
+
+
+def _segments(resolved: Resolved) -> Iterable[Resolved]:
+    """Runs of steps that one pass over the blocks can carry out; a rewrite of the whole model stands alone."""
+    run: Resolved = []
+    for step in resolved:
+        if isinstance(step[0], Rewriter) and step[0].scope == "model":
+            if run:
+                yield run
+            yield [step]
+            run = []
+        else:
+            run.append(step)
+    if run:
+        yield run
+
+
+def _pass(stream: Stream, steps: Resolved, batch: Any, chunk: int, seed: int, keep: Any, progress: Any, done: Applied) -> None:
+    before, behind = _outside(stream, batch)
+    flow = stream.begin(batch.inputs, chunk)
+    total = len(stream.paths) + 2
+
+    def tell(place: int) -> None:
+        if progress:
+            progress(place, total)
+
+    if any(p in levels for _, levels in steps for p in before):
+        collect = Collector([stream.sites[p] for p in before], stream.map.siblings, _wanted(steps))
+        with collect.attached(stream.model):
+            stream.begin(batch.inputs, chunk)
+        _place(stream, steps, before, "before", keep, seed, done, first=collect.result())
+        flow = stream.begin(batch.inputs, chunk)
+    tell(1)
+    for i in range(len(stream.paths)):
+        inside = [s.path for s in stream.sites.values() if s.block == i or stream.whole]
+        with stream.loaded(i):
+            _place(stream, steps, inside, i, keep, seed, done, collect=_collector(stream, i, flow))
+            flow.hidden = stream.forward(i, flow)
+        tell(i + 2)
+    if any(p in levels for _, levels in steps for p in behind):
+        collect = Collector([stream.sites[p] for p in behind], stream.map.siblings, _wanted(steps))
+        if collect.sites:
+            with collect.attached(stream.model):
+                for _ in stream.finish(flow):
+                    pass
+        _place(stream, steps, behind, "behind", keep, seed, done, first=collect.result())
+    tell(total)
+
+
+def _wanted(steps: Resolved) -> dict[str, set[str]]:
+    wanted: dict[str, set[str]] = {}
+    for method, levels in steps:
+        for path in levels:
+            wanted.setdefault(path, set()).update(method.needs())
+    return wanted
+
+
+def _collector(stream: Stream, index: int, flow: Flow) -> Callable[[dict[str, set[str]]], dict[str, dict[str, Tensor]]]:
+    def collect(wanted: dict[str, set[str]]) -> dict[str, dict[str, Tensor]]:
+        collector = Collector([stream.sites[p] for p in wanted if p in stream.sites], stream.map.siblings, wanted)
+        if collector.sites:
+            with collector.attached(stream.model):
+                stream.forward(index, flow)
+        return collector.result()
+
+    return collect
+
+
+def _place(
+    stream: Stream,
+    steps: Resolved,
+    paths: list[str],
+    place: int | str,
+    keep: Any,
+    seed: int,
+    done: Applied,
+    first: dict[str, dict[str, Tensor]] | None = None,
+    collect: Callable[[dict[str, set[str]]], dict[str, dict[str, Tensor]]] | None = None,
+) -> None:
+    """Carry out the steps at the sites of one place: a block, or what lies before or behind the blocks."""
+    here = set(paths)
+    solves = [(m, {p: lv for p, lv in levels.items() if p in here}) for m, levels in steps]
+    for method, levels in solves:
+        if not levels:
+            continue
+        asks = _wanted([(method, levels)])
+        if isinstance(method, Rewriter):
+            if not isinstance(place, int):
+                continue
+            _rewrite_block(stream, method, levels, place, collect(_rewriter_wants(method, stream, place)) if collect else {}, done)
+            continue
+
+        def work(method: Any = method, levels: Any = levels, asks: Any = asks) -> dict[str, Packed]:
+            needs_input = any(set(a) & {"gram", "mean", "absmean"} for a in asks.values())
+            stats = (first if first is not None else collect(asks) if collect and needs_input else {}) or {}
+            return {p: solve(method, stream.sites[p], stream.weight(stream.sites[p]), lv, stats.get(p, {}), seed) for p, lv in levels.items()}
+
+        for path, packed in keep(f"{place}-{method.card.name}", work).items():
+            stream.put(stream.sites[path], packed)
+            done.packed[path], done.methods[path], done.levels[path] = packed, method.card.name, packed.level
+
+
+def _rewriter_wants(method: Rewriter, stream: Stream, place: int) -> dict[str, set[str]]:
+    return {s.path: set(method.needs()) for s in stream.sites.values() if (s.block == place or stream.whole) and gathers(s)}
+
+
+def _by_statistic(stats: Mapping[str, Mapping[str, Tensor]], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    return {name: {p: s[name] for p, s in stats.items() if name in s} for name in names}
+
+
+def _rewrite_block(stream: Stream, method: Rewriter, levels: dict[str, Level], index: int, stats: Any, done: Applied) -> None:
+    scene = Scene(stream.model, stream.map, (index,), levels, stats)
+    method.rewrite(scene, **_by_statistic(stats, method.needs()))
+    assert not scene.edits, "a rewriter with scope block does not change structure"
+    done.rewrote = True
+
+
+def _outside(stream: Stream, batch: Any) -> tuple[list[str], list[str]]:
+    """Paths of the sites before the blocks and behind them, by running one item up to the last block."""
+    outside = [s for s in stream.sites.values() if s.block is None and not stream.whole]
+    called: set[str] = set()
+    handles = [stream.model.get_submodule(s.path).register_forward_pre_hook(lambda m, a, p=s.path: called.add(p)) for s in outside]
+    try:
+        stream.begin({k: v[:1] for k, v in batch.inputs.items()}, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [s.path for s in outside if s.path in called], [s.path for s in outside if s.path not in called]
+
+
+def sublayer_cosines(stream: Stream, batch: Any, chunk: int) -> dict[str, Tensor]:
+    """Mean cosine similarity of the residual stream before and after each sublayer and block, as LLM-Drop scores them."""
+    sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(path: str, before: Tensor, after: Tensor) -> None:
+        value = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+        total, n = sums.get(path, (torch.zeros((), dtype=torch.float64), 0))
+        sums[path] = (total + value.double().sum(), n + value.numel())
+
+    flow = stream.begin(batch.inputs, chunk)
+    for i, block_path in enumerate(stream.paths):
+        with stream.loaded(i):
+            subs = [s for s in stream.map.sublayers if s.block == i and s.kind != "block"]
+            handles = []
+            for sub in subs:
+                state: dict[str, Tensor] = {}
+                norm = stream.model.get_submodule(sub.norm) if sub.norm else stream.model.get_submodule(sub.path)
+                handles.append(norm.register_forward_pre_hook(lambda m, a, k, st=state: st.__setitem__("x", a[0] if a else k["hidden_states"]), with_kwargs=True))
+
+                def hook(m: nn.Module, a: Any, out: Any, st: dict[str, Tensor] = state, p: str = sub.path) -> None:
+                    add(p, st["x"], st["x"] + (out[0] if isinstance(out, tuple) else out).reshape(st["x"].shape))
+
+                handles.append(stream.model.get_submodule(sub.path).register_forward_hook(hook))
+            try:
+                after = stream.forward(i, flow)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for x, y in zip(flow.hidden, after, strict=True):
+                if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape:
+                    add(block_path, x, y)
+            flow.hidden = after
+    return {path: (total / n).float() for path, (total, n) in sums.items()}
+
+
+def _rewrite_model(stream: Stream, step: tuple[Method, dict[str, Level]], batch: Any, chunk: int, done: Applied) -> Stream:
+    """A rewrite of the whole model: statistics in one pass over the blocks, then the model in memory, changed, is the new source."""
+    method, levels = step
+    assert isinstance(method, Rewriter)
+    needs, stats = set(method.needs()), {}
+    if needs & {"gram", "mean", "absmean"}:
+        before, behind = _outside(stream, batch)
+        flow = stream.begin(batch.inputs, chunk)
+        for i in range(len(stream.paths)):
+            with stream.loaded(i):
+                collector = Collector(stream.sites.values(), stream.map.siblings, _rewriter_wants(method, stream, i))
+                with collector.attached(stream.model):
+                    flow.hidden = stream.forward(i, flow)
+                stats |= collector.result()
+        collector = Collector([stream.sites[p] for p in behind], stream.map.siblings, {p: needs for p in behind})
+        if collector.sites:
+            with collector.attached(stream.model):
+                for _ in stream.finish(flow):
+                    pass
+            stats |= collector.result()
+    extra: dict[str, Any] = _by_statistic(stats, needs & {"gram", "mean", "absmean"})
+    if "cosine" in needs:
+        extra["cosine"] = sublayer_cosines(stream, batch, chunk)
+    model = stream.whole_model()
+    scene = Scene(model, stream.map, tuple(range(len(stream.map.blocks))), levels, stats)
+    method.rewrite(scene, **extra)
+    done.edits += scene.edits
+    done.rewrote = True
+    return stream.over(model, batch)

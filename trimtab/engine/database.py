@@ -1,0 +1,55 @@
+"""A database of solved sites: every choice is solved once, then any combination is put together and measured end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.core.errors import UserError
+from trimtab.core.table import Row
+from trimtab.engine.measure import measure
+from trimtab.engine.probe import Unit, _solve_unit
+from trimtab.engine.stats import INPUT_STATS, Collector
+from trimtab.engine.stream import Stream
+from trimtab.formats.packed import Packed
+
+
+class Database:
+    """Solved weights of units by choice, with statistics from the original's inputs.
+
+    Raises:
+        UserError: the model is too large to stay in memory, which measuring thousands of combinations needs.
+    """
+
+    def __init__(self, stream: Stream, units: list[Unit], calibration: Any, search: Any, task: Any, chunk: int, reference: list[Tensor], seed: int) -> None:
+        if not stream.resident:
+            raise UserError("this allocator measures many combinations end to end, which needs a model that stays in memory; choose --allocator milp")
+        self.stream, self.units, self.search, self.task = stream, {u.name: u for u in units}, search, task
+        self.chunk, self.reference, self.seed = chunk, reference, seed
+        self.solved: dict[tuple[str, str], dict[str, Packed]] = {}
+        sites = [s for u in units for s in u.sites]
+        collector = Collector(sites, stream.map.siblings, {s.path: INPUT_STATS for s in sites})
+        with collector.attached(stream.model):
+            measure(stream, calibration, task, chunk)
+        self.stats = collector.result()
+
+    def packed(self, unit: str, choice: str) -> dict[str, Packed]:
+        """The unit's sites solved at a choice; nothing for the original."""
+        if "@" not in choice:
+            return {}
+        key = (unit, choice)
+        if key not in self.solved:
+            self.solved[key] = _solve_unit(self.stream, self.units[unit], choice, self.stats, self.seed)
+        return self.solved[key]
+
+    def measure(self, picked: Mapping[str, Row], samples: int | None = None) -> float:
+        """End-to-end damage of a choice for every unit, on the first `samples` items of the search data."""
+        changes = {p: w for u, row in picked.items() for p, w in self.packed(u, row.choice).items()}
+        items = len(self.search) if samples is None else min(samples, len(self.search))
+        items = max(self.chunk, items // self.chunk * self.chunk) if items < len(self.search) else items
+        with ExitStack() as stack:
+            stack.enter_context(self.stream.swapped(changes))
+            return measure(self.stream, self.search.take(0, items), self.task, self.chunk, self.reference).damage()

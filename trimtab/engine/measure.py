@@ -1,0 +1,65 @@
+"""Scores of a model on a batch: the whole pass, or only what lies behind the blocks."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engine.stream import Flow, Stream
+
+
+def through(stream: Stream, batch: Any, chunk: int) -> Flow:
+    """All items through all blocks: their final hidden states."""
+    flow = stream.begin(batch.inputs, chunk)
+    for i in range(len(stream.paths)):
+        with stream.loaded(i):
+            flow.hidden = stream.forward(i, flow)
+    return flow
+
+
+@torch.no_grad()
+def references(stream: Stream, flow: Flow, batch: Any, task: Any, hidden: Sequence[Any] | None = None) -> list[Tensor]:
+    """For each chunk what the task keeps of the original's outputs, to compare with."""
+    return [task.reference(out, part.labels) for part, out in _outputs(stream, flow, batch, hidden)]
+
+
+@torch.no_grad()
+def scores(stream: Stream, flow: Flow, batch: Any, task: Any, reference: list[Tensor] | None, hidden: Sequence[Any] | None = None) -> Any:
+    """Scores of every item from final hidden states."""
+    from trimtab.tasks.base import join
+
+    outputs = _outputs(stream, flow, batch, hidden)
+    return join([task.score(out, part.labels, reference[i] if reference else None) for i, (part, out) in enumerate(outputs)])
+
+
+def _outputs(stream: Stream, flow: Flow, batch: Any, hidden: Sequence[Any] | None) -> Any:
+    start = 0
+    for i, output in stream.finish(flow, hidden):
+        stop = start + len(next(iter(flow.inputs[i].values())))
+        yield batch.take(start, stop), output
+        start = stop
+
+
+def measure(stream: Stream, batch: Any, task: Any, chunk: int, reference: list[Tensor] | None = None) -> Any:
+    """Scores of the model as it stands."""
+    return scores(stream, through(stream, batch, chunk), batch, task, reference)
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def anonymous_bytes() -> int:
+    """Memory that this process holds now and that no file backs."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_bytes()
+    line = next(x for x in status.read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+

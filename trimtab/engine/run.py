@@ -1,0 +1,91 @@
+"""Run a model: packed linears that unpack as they are used, text token by token, and the check of an artifact in a fresh process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.formats.packed import Packed
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight stays packed in memory and is unpacked for each use.
+
+    Args:
+        packed: the stored weight `[out, in]`.
+        bias: added to the output, or None.
+    """
+
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed, self.bias = packed, bias
+        self.out_features, self.in_features = packed.shape
+        shift = packed.bias()
+        if shift is not None:
+            self.bias = shift if bias is None else bias + shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in]` to `[..., out]`."""
+        return nn.functional.linear(x, self.packed.dense().to(x.dtype), self.bias)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, tokens: Tensor, limit: int, *, stop: frozenset[int] = frozenset(), temperature: float = 0.0, seed: int = 0
+) -> Iterator[int]:
+    """Tokens one after the other, greedy at temperature 0, with the model's own cache.
+
+    Args:
+        tokens: the prompt `[1, length]`.
+        limit: at most so many new tokens.
+        stop: tokens that end the text.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    output = model(input_ids=tokens, use_cache=True)
+    for _ in range(limit):
+        logits = output.logits[0, -1].float()
+        if temperature > 0:
+            token = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=rng))
+        else:
+            token = int(logits.argmax())
+        if token in stop:
+            return
+        yield token
+        output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Mapping[str, Tensor], named: bool, pick: Callable[[Any], Tensor]) -> Tensor:
+    """The model's predictions for all positions in one forward."""
+    return pick(model(**inputs) if named else model(*inputs.values())).float()
+
+
+@torch.no_grad()
+def decoded(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits `[items, length, vocabulary]` computed token by token with the cache, as text is written."""
+    steps, past = [], None
+    for i in range(tokens.shape[1]):
+        out = model(input_ids=tokens[:, i : i + 1], past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        steps.append(out.logits.float())
+    return torch.cat(steps, 1)
+
+
+def worst(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two outputs, as a share of the largest magnitude."""
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) if a.shape == b.shape else float("inf")
+
+
+def seconds_of(work: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall time of a call, after one to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]

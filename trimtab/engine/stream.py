@@ -1,0 +1,274 @@
+"""A model that passes by block after block: the weights of one block are resident, the hidden states of all items move on.
+
+The model's own forward says what goes into each block beside the hidden states (positions, masks, embeddings of positions): it is run once with
+its blocks bypassed, and what each was called with is kept. It is run a second time, the last block giving the finished hidden states, for
+everything behind the blocks. So no architecture needs a table, and any module whose blocks follow one another streams.
+A model without repeated blocks is taken as one block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.modelmap import trace
+from trimtab.core.site import Site
+from trimtab.formats.packed import Packed
+from trimtab.formats.structure import Dropped, returned
+
+RESIDENT_BYTES = 1 << 30  # a model whose fp32 weights are below this stays in memory: reading it again would cost more
+
+
+class _Stop(Exception):
+    """Raised inside a forward whose rest is not wanted."""
+
+
+@dataclass
+class Flow:
+    """Items on their way through the blocks.
+
+    Fields:
+        inputs: keyword arguments of the model for each chunk of items.
+        hidden: hidden states of each chunk, before the next block.
+        calls: for each block and chunk, what the block is called with beside the hidden states.
+    """
+
+    inputs: list[dict[str, Tensor]]
+    hidden: list[Any]
+    calls: list[list[tuple[tuple, dict]]] = field(default_factory=list)
+
+
+class Stream:
+    """A source's model, with the weights of one block in memory at a time.
+
+    Args:
+        source: what `open_source` gives: skeleton, read, names.
+        modelmap: the traced map of the skeleton.
+        extra: keyword arguments of every forward (`use_cache=False` for language models).
+        resident: keep all weights in memory; None decides by size.
+    """
+
+    def __init__(self, source: Any, modelmap: Any, extra: Mapping[str, Any] | None = None, resident: bool | None = None) -> None:
+        self.source, self.map, self.extra = source, modelmap, dict(extra or {})
+        self.model: nn.Module = source.skeleton()
+        self.sites: dict[str, Site] = own_sites(modelmap)
+        self.paths: tuple[str, ...] = tuple(modelmap.blocks) or ("",)
+        self.whole = not modelmap.blocks
+        self.packed: MutableMapping[str, Packed] = {}
+        self.dropped: dict[str, bool] = {}
+        self.resident = 4 * modelmap.parameters < RESIDENT_BYTES if resident is None else resident
+        self._owners = _owners(self.model, set(source.names))
+        self._inside = {n for p in self.paths for n in self._owners if self.whole or n.startswith(p + ".")}
+        self._load([n for n in self._owners if self.resident or n not in self._inside])
+
+    # ---- weights
+
+    def _load(self, names: Iterable[str]) -> None:
+        for name in names:
+            value = self.source.read(name)
+            value = value.to(torch.float32) if value.is_floating_point() else value
+            for module, key in self._owners[name]:
+                if key in module._parameters:
+                    module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                else:
+                    module._buffers[key] = value
+
+    def _free(self, names: Iterable[str]) -> None:
+        for name in names:
+            for module, key in self._owners[name]:
+                if key in module._parameters and module._parameters[key] is not None:
+                    module._parameters[key] = nn.Parameter(module._parameters[key].to("meta"), requires_grad=False)
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights, as far as earlier steps changed them changed."""
+        block = self.model.get_submodule(self.paths[index])
+        if self.resident:
+            yield block
+            return
+        mine = [n for n in self._inside if n.startswith(self.paths[index] + ".")]
+        self._load(mine)
+        for path in [p for p in self.packed if self.sites[p].block == index]:
+            self._place(self.sites[path], self.packed[path])
+        try:
+            yield block
+        finally:
+            self._free(mine)
+
+    def weight(self, site: Site) -> Tensor:
+        """The weight as methods see it, `[out, in]` fp32; a convolution's kernel flattened."""
+        w = self.model.get_submodule(site.path).weight.detach()
+        return w.T.contiguous() if site.transposed else w.reshape(w.shape[0], -1)
+
+    def _place(self, site: Site, packed: Packed) -> None:
+        self._set(site, packed.dense(), packed.bias())
+
+    def _set(self, site: Site, dense: Tensor, shift: Tensor | None) -> None:
+        w = dense.T.contiguous() if site.transposed else dense.reshape(site.shape)
+        parameter = nn.Parameter(w, requires_grad=False)
+        for module in self._tied(site):
+            module._parameters["weight"] = parameter
+        if shift is not None:
+            module = self.model.get_submodule(site.path)
+            old = module._parameters.get("bias")
+            module._parameters["bias"] = nn.Parameter(shift if old is None else old + shift, requires_grad=False)
+
+    def _tied(self, site: Site) -> list[nn.Module]:
+        name = f"{site.path}.weight"
+        group = next((g for g in self.map.tied if name in g), (name,))
+        return [self.model.get_submodule(n.rpartition(".")[0]) for n in group]
+
+    def put(self, site: Site, packed: Packed) -> None:
+        """Change a site's weight for good: the step has been applied."""
+        self.packed[site.path] = packed
+        self._place(site, packed)
+
+    @contextlib.contextmanager
+    def swapped(self, changes: Mapping[str, Packed | None]) -> Iterator[None]:
+        """Sites changed for a moment: path -> packed weight; a sublayer's path -> None drops it."""
+        old: list[Callable[[], None]] = []
+        try:
+            for path, packed in changes.items():
+                if packed is None:
+                    parent, _, key = path.rpartition(".")
+                    owner, module = self.model.get_submodule(parent), self.model.get_submodule(path)
+                    old.append(lambda o=owner, k=key, m=module: setattr(o, k, m))
+                    setattr(owner, key, Dropped(returned(module)))
+                else:
+                    site = self.sites[path]
+                    modules = self._tied(site)
+                    before, bias = modules[0]._parameters["weight"], self.model.get_submodule(path)._parameters.get("bias")
+                    old.append(lambda ms=modules, b=before, p=path, v=bias: self._restore(ms, b, p, v))
+                    self._place(site, packed)
+            yield
+        finally:
+            for undo in reversed(old):
+                undo()
+
+    def _restore(self, modules: list[nn.Module], weight: Any, path: str, bias: Any) -> None:
+        for module in modules:
+            module._parameters["weight"] = weight
+        module = self.model.get_submodule(path)
+        if "bias" in module._parameters:
+            module._parameters["bias"] = bias
+
+    def current(self, name: str) -> Tensor:
+        """A tensor as it stands in the model: rewrites and biases included."""
+        module, key = self._owners[name][0]
+        value = module._parameters.get(key)
+        return (module._buffers[key] if value is None else value).detach()
+
+    def whole_model(self) -> nn.Module:
+        """The model with all its weights in memory, as far as earlier steps changed them changed."""
+        if not self.resident:
+            self._load([n for n in self._owners if n in self._inside])
+            for path, packed in self.packed.items():
+                self._place(self.sites[path], packed)
+            self.resident = True
+        return self.model
+
+    def over(self, model: nn.Module, batch: Any) -> Stream:
+        """A stream over this one's model after its structure was changed in place."""
+        tensors = model.state_dict(keep_vars=True)
+        source = replace(self.source, skeleton=lambda: model, read=lambda n: tensors[n].detach(), names=tuple(tensors))
+        inputs = {k: v[:1] for k, v in batch.inputs.items()}
+        return Stream(source, trace(model, inputs if self.source.config.get("architectures") else tuple(inputs.values())), self.extra, resident=True)
+
+    # ---- passing items through
+
+    def _call(self, inputs: Mapping[str, Tensor]) -> Any:
+        if self.source.config.get("architectures"):
+            return self.model(**inputs, **self.extra)
+        return self.model(*inputs.values())
+
+    @torch.no_grad()
+    def begin(self, inputs: Mapping[str, Tensor], chunk: int) -> Flow:
+        """Everything before the first block, for all items, in chunks of `chunk` items."""
+        n = len(next(iter(inputs.values())))
+        chunks = [{k: v[i : i + chunk] for k, v in inputs.items()} for i in range(0, n, chunk)]
+        if self.whole:
+            return Flow(chunks, list(chunks), [[((), {}) for _ in chunks]])
+        flow = Flow(chunks, [], [[] for _ in self.paths])
+
+        def capture(index: int) -> Callable[..., Any]:
+            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if index == 0:
+                    flow.hidden.append(hidden)
+                flow.calls[index].append((args, {k: None if k == "past_key_values" else v for k, v in kwargs.items()}))
+                if index == len(self.paths) - 1:
+                    raise _Stop
+                return hidden
+
+            return forward
+
+        with self._patched(capture):
+            for part in chunks:
+                with contextlib.suppress(_Stop):
+                    self._call(part)
+        return flow
+
+    @contextlib.contextmanager
+    def _patched(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        blocks = [self.model.get_submodule(p) for p in self.paths]
+        for i, block in enumerate(blocks):
+            block.forward = forward(i)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    @torch.no_grad()
+    def forward(self, index: int, flow: Flow, hidden: Sequence[Any] | None = None) -> list[Any]:
+        """Hidden states after block `index`, whose weights are loaded."""
+        hidden = flow.hidden if hidden is None else hidden
+        if self.whole:
+            return [self._call(part) for part in flow.inputs]
+        block = self.model.get_submodule(self.paths[index])
+        outputs = []
+        for state, (args, kwargs) in zip(hidden, flow.calls[index], strict=True):
+            out = block(state, *args, **kwargs)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+        return outputs
+
+    @torch.no_grad()
+    def finish(self, flow: Flow, hidden: Sequence[Any] | None = None) -> Iterator[tuple[int, Any]]:
+        """Everything behind the last block: (chunk's index, the model's output)."""
+        hidden = flow.hidden if hidden is None else hidden
+        if self.whole:
+            yield from enumerate(hidden)
+            return
+        for i, (part, state) in enumerate(zip(flow.inputs, hidden, strict=True)):
+            last = len(self.paths) - 1
+
+            def bypass(index: int, state: Any = state, last: int = last) -> Callable[..., Any]:
+                return lambda h, *a, **k: state if index == last else h
+
+            with self._patched(bypass):
+                output = self._call(part)
+            yield i, output
+
+
+def own_sites(modelmap: Any) -> dict[str, Site]:
+    """Sites by path, each storage once: of tied sites the first stands for all."""
+    later = {name.rpartition(".")[0] for group in modelmap.tied for name in group[1:]}
+    return {s.path: s for s in modelmap.sites if s.path not in later}
+
+
+def _owners(model: nn.Module, known: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Stored name -> the (module, key) pairs that share it."""
+    first: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        if name in known:
+            first.setdefault(id(tensor), name)
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and id(tensor) in first:
+                owners.setdefault(first[id(tensor)], []).append((module, key))
+    return owners

@@ -1,0 +1,115 @@
+"""The main job: the best model that fits a budget, with measured evidence.
+
+    probe -> allocate -> apply -> measure (tighten and repeat) -> verify in a fresh process -> verdict on data that the search never saw
+
+Every finished step is committed to the run's journal; a run that was cut off goes on where it stopped and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.budget import Budget
+from trimtab.core.errors import UserError
+from trimtab.core.method import Allocator, did_you_mean, method
+from trimtab.core.plan import Plan
+
+EFFORTS = ("quick", "standard", "thorough")
+TARGETS = ("native", "gguf", "compressed-tensors")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Fit:
+    """What a fit gives: `best` and `uniform` and `original` as points, the `front`, and where the artifact lies."""
+
+    report_: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.report_[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def report(self) -> dict[str, Any]:
+        """The evidence, as `trimtab fit --json` prints it."""
+        return self.report_
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a fit; all of it is part of the run's identity.
+
+    Fields:
+        model: name of the model, see `models.source`.
+        budget: the limits.
+        data: calibration and evaluation data, see `tasks.build`; None: what the model or Python brings along.
+        effort: `quick`, `standard` or `thorough`: how much is tried and how much data is used.
+        target: what must be able to load the result; excludes levels before the search.
+        plan: a plan to carry out in place of the search.
+        methods: names of the methods that the search may use; empty: those of the menu.
+        allocator: name of the allocator.
+        length: tokens in a window of text.
+        context, batch: the run that a memory budget is for.
+        couple: sites that read one tensor share a choice, as fused kernels need it.
+        padding: allow groups that do not divide a site's columns.
+        seed: of everything random.
+    """
+
+    model: str
+    budget: Budget = field(default_factory=Budget)
+    data: str | None = None
+    effort: str = "standard"
+    target: str = "native"
+    plan: str | None = None
+    methods: tuple[str, ...] = ()
+    allocator: str = "milp"
+    length: int = 256
+    context: int = 1024
+    batch: int = 1
+    couple: bool = True
+    padding: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for value, known, what in ((self.effort, EFFORTS, "effort"), (self.target, TARGETS, "target")):
+            if value not in known:
+                raise UserError(f"unknown {what} {value!r}{did_you_mean(value, known)}; choose from {', '.join(known)}")
+        if not isinstance(method(self.allocator), Allocator):
+            raise UserError(f"{self.allocator} is no allocator; `trimtab methods --family alloc` lists them")
+        for name in self.methods:
+            method(name)
+        if self.plan is not None:
+            Plan.parse(self.plan)
+
+
+def fit(model: str, *, budget: Budget | None = None, out: str | Path | None = None, resume: bool = False, progress: Progress | None = None, **options: Any) -> Fit:
+    """Give a model a budget, and get the best model that fits, with measured evidence.
+
+    Args:
+        model: a pocket model, a local Hugging Face folder, a hub name, or `module:function`.
+        budget: the limits, as `Budget.of(size="60MB", quality="98%")`.
+        out: folder of the run: journal, artifact, report.
+        resume: go on with the run in `out`.
+        progress: called with (what is being done, steps done, steps in all).
+        options: further fields of `Request`.
+
+    Returns:
+        The evidence; `fit.best`, `fit.front`, `fit.report()`.
+
+    Raises:
+        UserError: bad input. BudgetError: no plan meets the budget.
+    """
+    request = Request(model, budget or Budget(), **options)
+    from trimtab.job import Job
+
+    return Fit(Job(request, Path(out or default_folder(model)), resume, progress).go())
+
+
+def default_folder(model: str) -> Path:
+    """`runs/<model>` with a number behind it if that is taken."""
+    base = Path("runs") / Path(model).name.replace(":", "-")
+    return next(p for i in range(1, 10_000) if not (p := base.with_name(f"{base.name}-{i}" if i > 1 else base.name)).exists())

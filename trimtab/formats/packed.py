@@ -1,0 +1,271 @@
+"""Packed weights: what a solver returns and an artifact stores; `dense()` gives the weight that it stands for.
+
+For every level `packed.nbytes == level.bytes(shape)`, exactly. Codes lie end to end over the whole matrix, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil, log2, prod
+
+import torch
+from torch import Tensor
+
+from trimtab.core.level import NM, Codebook, Dense, Float, Int, Level, Plus, Rank, Shape, Sparse, rows_cols
+from trimtab.formats.bitstream import pack_bits, unpack_bits
+from trimtab.formats.minifloat import encode_magnitude, magnitudes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight at a level, as it is stored.
+
+    Fields:
+        level: the level; it says how the tensors are to be read.
+        shape: shape of the original weight, `(out, in, ...)`.
+        tensors: the stored tensors by name.
+    """
+
+    level: Level
+    shape: Shape
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def dense(self) -> Tensor:
+        """The weight in fp32, in the original's shape."""
+        return _DECODE[type(self.level)](self).reshape(self.shape)
+
+    def bias(self) -> Tensor | None:
+        """The vector that corrects the mean of the output, where the level stores one."""
+        stored = self.tensors.get("bias")
+        return None if stored is None else stored.float()
+
+
+# ---- scales: the values that storage can hold, so that a solver rounds against what will be read back
+
+
+def store_scale(scale: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Round positive scales to what `kind` can hold: the scales as they will be read back (fp32), and what is stored.
+
+    `e8m0` takes the power of two at or above (so that nothing of the block is clipped); `e4m3` divides by a matrix scale first,
+    max / 448, as NVFP4 does.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    if kind == "f16":
+        stored = scale.clamp(2.0**-24, 65504.0).to(torch.float16)
+        return stored.float(), {"scale": stored}
+    if kind == "e8m0":
+        exponent = torch.ceil(torch.log2(scale.clamp_min(tiny)) - 1e-6).clamp(-127, 127)
+        return torch.exp2(exponent), {"scale": (exponent + 127).to(torch.uint8)}
+    if kind == "e4m3":
+        matrix = (scale.max() / 448).clamp_min(tiny).reshape(1).float()
+        code = encode_magnitude(scale / matrix, 4, 3).clamp_min(1).to(torch.uint8)
+        return magnitudes(4, 3)[code.long()] * matrix, {"scale": code, "matrix_scale": matrix}
+    raise AssertionError(kind)
+
+
+def load_scale(tensors: Mapping[str, Tensor], kind: str) -> Tensor:
+    """The scales that `store_scale` stored, fp32."""
+    stored = tensors["scale"]
+    if kind == "f16":
+        return stored.float()
+    if kind == "e8m0":
+        return torch.exp2(stored.float() - 127)
+    return magnitudes(4, 3)[stored.long()] * tensors["matrix_scale"]
+
+
+def spread(per_group: Tensor, group: int | None, cols: int) -> Tensor:
+    """Values for each group `[out, groups]`, repeated over the columns `[out, cols]`."""
+    if group is None:
+        return per_group.expand(-1, cols)
+    return per_group.repeat_interleave(group, dim=1)[:, :cols]
+
+
+# ---- from codes to stored tensors
+
+
+def pack_int(codes: Tensor, scale: Mapping[str, Tensor], zero: Tensor | None, level: Int, shape: Shape) -> Packed:
+    """Integers: `codes [out, in]` in 0..2**bits-1 (symmetric levels store code + 2**(bits-1)), what `store_scale` stored, zero points `[out, groups]`."""
+    tensors = {"codes": pack_bits(codes, level.bits), **scale}
+    if zero is not None:
+        tensors["zero"] = zero.to(torch.uint8)
+    return Packed(level, shape, tensors)
+
+
+def pack_float(codes: Tensor, scale: Mapping[str, Tensor], level: Float, shape: Shape) -> Packed:
+    """Minifloats: `codes [out, in]` with the sign in the highest bit, and what `store_scale` stored."""
+    return Packed(level, shape, {"codes": pack_bits(codes, 1 + level.e + level.m), **scale})
+
+
+def pack_codebook(indices: list[Tensor], books: list[Tensor], level: Codebook, shape: Shape) -> Packed:
+    """Vectors: for the codebook and, if any, the residual codebook, indices `[out, ceil(in / dim)]` and codewords `[size, dim]`."""
+    tensors = {}
+    for name, index, book, size in zip(("", "residual_"), indices, books, (level.size, level.residual), strict=False):
+        tensors[f"{name}codes"] = pack_bits(index, int(log2(size)))
+        tensors[f"{name}book"] = book.to(torch.float16)
+    return Packed(level, shape, tensors)
+
+
+def pack_sparse(weight: Tensor, mask: Tensor, level: Sparse, shape: Shape) -> Packed:
+    """Unstructured: `mask [out, in]` true where a weight stays, the same number in each row."""
+    kept = weight[mask].to(torch.float16)
+    assert kept.numel() == level.kept(shape), "the mask keeps another number of weights than the level says"
+    return Packed(level, shape, {"mask": pack_bits(mask.to(torch.uint8), 1), "values": kept})
+
+
+def pack_nm(weight: Tensor, mask: Tensor, level: NM, shape: Shape) -> Packed:
+    """N:M: `mask [out, in]` true for at most `n` of every `m` neighbours of a row; a short last group is padded with zeros."""
+    rows, cols = rows_cols(shape)
+    groups = ceil(cols / level.m)
+    pad = groups * level.m - cols
+    m = torch.nn.functional.pad(mask, (0, pad)).reshape(rows * groups, level.m)
+    w = torch.nn.functional.pad(weight * mask, (0, pad)).reshape(rows * groups, level.m)
+    place = m.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : level.n].sort(dim=1).values
+    width = max(1, ceil(log2(level.m)))
+    return Packed(
+        level, shape, {"places": pack_bits(place, width), "values": w.gather(1, place).to(torch.float16).reshape(-1)}
+    )
+
+
+def pack_rank(left: Tensor, right: Tensor, bias: Tensor | None, level: Rank, shape: Shape) -> Packed:
+    """Two factors `left [out, rank] @ right [rank, in]`, and the mean-correcting bias `[out]` where the level has one."""
+    tensors = {"left": left.to(torch.float16).contiguous(), "right": right.to(torch.float16).contiguous()}
+    if level.bias:
+        assert bias is not None
+        tensors["bias"] = bias.to(torch.float16)
+    return Packed(level, shape, tensors)
+
+
+def pack_plus(base: Packed, extra: Packed, level: Plus) -> Packed:
+    """A packed weight and the packed low-rank correction of its error."""
+    return Packed(
+        level, base.shape, {**base.tensors, **{f"extra_{k}" if k != "bias" else k: v for k, v in extra.tensors.items()}}
+    )
+
+
+def pack_dense(weight: Tensor, level: Dense) -> Packed:
+    """The weight itself in the level's type."""
+    return Packed(level, tuple(weight.shape), {"weight": weight.to(DTYPES[level.dtype])})
+
+
+# ---- from stored tensors to the weight
+
+
+def hadamard_blocks(weight: Tensor, block: int) -> Tensor:
+    """Multiply every `block` columns by the orthonormal Hadamard matrix of that size: its own inverse, for it is symmetric.
+
+    A short last group is left as it is.
+    """
+    cols = weight.shape[1] // block * block
+    x = weight[:, :cols].reshape(weight.shape[0], -1, block)
+    h = 1
+    while h < block:
+        x = x.reshape(*x.shape[:2], -1, 2, h) if x.dim() == 3 else x
+        a, b = x[..., 0, :], x[..., 1, :]
+        x = torch.stack((a + b, a - b), dim=-2).reshape(weight.shape[0], -1, block)
+        h *= 2
+    return torch.cat((x.reshape(weight.shape[0], cols) / block**0.5, weight[:, cols:]), dim=1)
+
+
+def _dense(p: Packed) -> Tensor:
+    return p.tensors["weight"].float()
+
+
+def _unrotate(weight: Tensor, level: Int | Float) -> Tensor:
+    return hadamard_blocks(weight, level.group) if level.hadamard and level.group else weight
+
+
+def _int(p: Packed) -> Tensor:
+    level: Int = p.level  # type: ignore[assignment]
+    rows, cols = rows_cols(p.shape)
+    codes = unpack_bits(p.tensors["codes"], level.bits, rows * cols).reshape(rows, cols).float()
+    zero = float(1 << (level.bits - 1)) if level.symmetric else spread(p.tensors["zero"].float(), level.group, cols)
+    return _unrotate((codes - zero) * spread(load_scale(p.tensors, level.scale), level.group, cols), level)
+
+
+def _float(p: Packed) -> Tensor:
+    level: Float = p.level  # type: ignore[assignment]
+    rows, cols = rows_cols(p.shape)
+    width = level.e + level.m
+    codes = unpack_bits(p.tensors["codes"], 1 + width, rows * cols).reshape(rows, cols)
+    grid = magnitudes(level.e, level.m)
+    value = grid[(codes & ((1 << width) - 1)).long()] * torch.where(codes >> width == 1, -1.0, 1.0)
+    return _unrotate(value * spread(load_scale(p.tensors, level.scale), level.group, cols), level)
+
+
+def _codebook(p: Packed) -> Tensor:
+    level: Codebook = p.level  # type: ignore[assignment]
+    rows, cols = rows_cols(p.shape)
+    vectors = ceil(cols / level.dim)
+    total = torch.zeros(rows, vectors * level.dim)
+    for name, size in (("", level.size), ("residual_", level.residual)):
+        if size:
+            index = unpack_bits(p.tensors[f"{name}codes"], int(log2(size)), rows * vectors)
+            total += p.tensors[f"{name}book"].float()[index.long()].reshape(rows, -1)
+    return total[:, :cols]
+
+
+def _sparse(p: Packed) -> Tensor:
+    mask = unpack_bits(p.tensors["mask"], 1, prod(p.shape)).bool()
+    return torch.zeros(prod(p.shape)).masked_scatter_(mask, p.tensors["values"].float())
+
+
+def _nm(p: Packed) -> Tensor:
+    level: NM = p.level  # type: ignore[assignment]
+    rows, cols = rows_cols(p.shape)
+    groups = ceil(cols / level.m)
+    width = max(1, ceil(log2(level.m)))
+    place = unpack_bits(p.tensors["places"], width, rows * groups * level.n).reshape(-1, level.n).long()
+    flat = torch.zeros(rows * groups, level.m).scatter_(1, place, p.tensors["values"].float().reshape(-1, level.n))
+    return flat.reshape(rows, -1)[:, :cols]
+
+
+def _rank(p: Packed) -> Tensor:
+    return p.tensors["left"].float() @ p.tensors["right"].float()
+
+
+def _plus(p: Packed) -> Tensor:
+    level: Plus = p.level  # type: ignore[assignment]
+    base = Packed(
+        level.base, p.shape, {k: v for k, v in p.tensors.items() if not k.startswith("extra_") and k != "bias"}
+    )
+    return base.dense().reshape(rows_cols(p.shape)) + p.tensors["extra_left"].float() @ p.tensors["extra_right"].float()
+
+
+_DECODE: dict[type[Level], Callable[[Packed], Tensor]] = {
+    **{Dense: _dense, Int: _int, Float: _float, Codebook: _codebook, Sparse: _sparse, NM: _nm, Rank: _rank, Plus: _plus}
+}
+
+
+def tensor_names(level: Level) -> tuple[str, ...]:
+    """Names of the tensors that a packed weight of this level stores."""
+    match level:
+        case Dense():
+            return ("weight",)
+        case Int():
+            return (
+                "codes",
+                "scale",
+                *(["matrix_scale"] if level.scale == "e4m3" else []),
+                *([] if level.symmetric else ["zero"]),
+            )
+        case Float():
+            return ("codes", "scale", *(["matrix_scale"] if level.scale == "e4m3" else []))
+        case Codebook():
+            return ("codes", "book", *(["residual_codes", "residual_book"] if level.residual else []))
+        case Sparse():
+            return ("mask", "values")
+        case NM():
+            return ("places", "values")
+        case Rank():
+            return ("left", "right", *(["bias"] if level.bias else []))
+        case Plus():
+            return (*tensor_names(level.base), "extra_left", "extra_right", *(["bias"] if level.extra.bias else []))
+    raise AssertionError(level)

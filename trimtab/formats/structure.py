@@ -1,0 +1,521 @@
+"""How a changed structure is recorded, and rebuilt without running anyone's code.
+
+An edit is a small dict of JSON values, `{"op": ..., "path": ..., ...}`; a changed model is its original configuration and a list of
+edits, replayed in order on the skeleton that the configuration gives. Paths are those at the time of the edit.
+
+| op | what it does | arguments |
+|---|---|---|
+| `drop` | a module becomes `Dropped`: it gives zeros, and its weights are gone | `returns`, `width` |
+| `remove` | a whole block leaves its list; the configuration counts one less | |
+| `resize` | a module's weight, or a bare parameter, gets another shape | `shape`, `bias`, `groups` |
+| `norm` | a layer norm becomes an RMS norm | `width`, `eps` |
+| `factor` | a linear or convolution becomes two thin ones | `rank` |
+| `shortcut` | the residual passes a matrix on its way around a branch | `norm`, `branch`, `width` |
+| `untie` | a weight that was shared becomes the module's own | |
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import UserError
+
+LARGEST = 1 << 24  # no dimension of a weight is larger; a file that says so is broken
+
+
+class Dropped(nn.Module):
+    """Stands for a module that was removed: zeros of the shape of its input, in the structure that the original returned.
+
+    Args:
+        returns: items of the tuple that the original returned, zeros first and None after; 0: it returned a tensor.
+        width: size of the last dimension; None: that of the input.
+    """
+
+    def __init__(self, returns: int = 0, width: int | None = None) -> None:
+        super().__init__()
+        self.returns, self.width = returns, width
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+        # Made from a shape, not from x: whoever traces the model then sees a constant, and the residual runs straight on.
+        shape = x.shape if self.width is None else (*x.shape[:-1], self.width)
+        zeros = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        return (zeros, *[None] * (self.returns - 1)) if self.returns else zeros
+
+    def extra_repr(self) -> str:
+        return f"returns={self.returns}, width={self.width}"
+
+
+class Shortcut(nn.Module):
+    """A matrix on the residual around a branch: x -> x S + f(norm(x)), S = I + weight^T, without touching the block's code.
+
+    The norm's input x is kept when the norm runs, and x (S - I) is added to what the branch returns; the block's own addition of
+    x completes the sum.
+
+    Args:
+        width: size of the residual.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, width))
+        self._held: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+    def take(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Hook before the norm."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        owner = getattr(x, "_shortcut", self)
+        if owner is not self:
+            raise UserError("two branches read the same state of the residual, so it can turn only once: slice with shared=True")
+        x._shortcut = self
+        self._held = x
+
+    def give(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Hook behind the branch."""
+        assert self._held is not None, "the branch ran before its norm"
+        x, self._held = self._held, None
+        if isinstance(output, tuple):
+            return (output[0] + self(x).view_as(output[0]), *output[1:])
+        return output + self(x).view_as(output)
+
+
+class Factored(nn.Module):
+    """Two thin layers in place of one: `left(right(x))`; the bias, if any, is the left one's."""
+
+    def __init__(self, right: nn.Module, left: nn.Module) -> None:
+        super().__init__()
+        self.right, self.left = right, left
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(self.right(x))
+
+
+# ---- weights as methods see them
+
+
+def flipped(module: nn.Module) -> bool:
+    """Whether the module stores its weight as `(in, out)`, as GPT-2's Conv1D and transposed convolutions do."""
+    return isinstance(getattr(module, "nf", None), int) or isinstance(module, nn.modules.conv._ConvTransposeNd)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A module's weight as methods see it: `[out, in, ...]`, `[width]` of a norm."""
+    weight = module.weight.detach()
+    return weight.transpose(0, 1) if flipped(module) else weight
+
+
+def put_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Store values of the module's own shape, in its own type; a bias only where one is given."""
+    with torch.no_grad():
+        module.weight.copy_(weight.transpose(0, 1) if flipped(module) else weight)
+        if bias is not None:
+            module.bias.copy_(bias)
+
+
+def swap(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put another module at a path; hooks of shortcuts move along with the place."""
+    old = model.get_submodule(path)
+    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"):
+        getattr(new, hooks).update(getattr(old, hooks))
+    parent, _, key = path.rpartition(".")
+    setattr(model.get_submodule(parent), key, new.train(old.training))
+
+
+def returned(module: nn.Module) -> int:
+    """How many items the tuple has that a module's forward returns; 0 where it returns one value. Read from the source, not run."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
+        body = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return 0
+    found, queue = [], list(ast.iter_child_nodes(body))
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            found.append(len(node.value.elts))
+        if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            queue += ast.iter_child_nodes(node)
+    return max(found, default=0)
+
+
+# ---- edits
+
+
+def replay(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
+    """Apply edits in order to a skeleton made from the original configuration; weights are loaded afterwards.
+
+    The model is changed in place, and so is its `config` where blocks are removed or weights untied. New parameters lie on the
+    device of the old ones, with no values.
+
+    Raises:
+        UserError: an edit that is not one of the table above, a path that is no module, a shape that makes no sense.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> edits = [{"op": "resize", "path": "0", "shape": [6, 4]}, {"op": "resize", "path": "2", "shape": [2, 6]}]
+    >>> replay(model, edits)(torch.ones(1, 4)).shape
+    torch.Size([1, 2])
+    """
+    for edit in edits:
+        apply_edit(model, edit)
+    return model
+
+
+def change(model: nn.Module, edits: list[dict[str, Any]], op: str, path: str, **arguments: Any) -> None:
+    """Apply one edit and record it."""
+    edit = {"op": op, "path": path, **{k: v for k, v in arguments.items() if v is not None}}
+    apply_edit(model, edit)
+    edits.append(edit)
+
+
+def apply_edit(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Validate and apply one edit.
+
+    Raises:
+        UserError: see `replay`.
+    """
+    if not isinstance(edit, Mapping) or not isinstance(edit.get("op"), str) or not isinstance(edit.get("path"), str):
+        raise UserError(f"{edit!r:.200} is no edit; an edit has an op ({', '.join(OPS)}) and a path")
+    op, path = edit["op"], edit["path"]
+    if op not in OPS:
+        raise UserError(f"unknown edit {op!r} of {path!r}; this version knows {', '.join(OPS)}")
+    parameters = dict(list(inspect.signature(OPS[op]).parameters.items())[2:])
+    arguments = {k: v for k, v in edit.items() if k not in ("op", "path")}
+    for name, value in arguments.items():
+        if name not in parameters:
+            raise UserError(f"edit {op} of {path!r}: it takes {', '.join(parameters) or 'no arguments'}, not {name!r}")
+        if not _fits(value, str(parameters[name].annotation)):
+            raise UserError(f"edit {op} of {path!r}: {name}={value!r:.80} was given, {parameters[name].annotation} is needed")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
+    if missing:
+        raise UserError(f"edit {op} of {path!r} lacks {', '.join(missing)}")
+    OPS[op](model, path, **arguments)
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    def size(v: Any) -> bool:
+        return type(v) is int and 0 <= v <= LARGEST
+
+    kind = annotation.removesuffix(" | None")
+    if value is None:
+        return kind != annotation
+    return {
+        "int": size(value),
+        "bool": type(value) is bool,
+        "float": type(value) in (int, float) and 0 <= value < 1,
+        "str": type(value) is str,
+        "list[int]": type(value) is list and 1 <= len(value) <= 5 and all(size(v) and v > 0 for v in value),
+    }[kind]
+
+
+def _module(model: nn.Module, op: str, path: str) -> nn.Module:
+    try:
+        if path:
+            return model.get_submodule(path)
+    except AttributeError:
+        pass
+    raise UserError(f"edit {op}: the model has no module {path!r}; the edits belong to another model, or to another state of it")
+
+
+def _parameter(like: Tensor, shape: Iterable[int]) -> nn.Parameter:
+    fresh = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    return nn.Parameter(fresh, requires_grad=like.requires_grad)
+
+
+def _drop(model: nn.Module, path: str, returns: int = 0, width: int | None = None) -> None:
+    _module(model, "drop", path)
+    if returns > 16:
+        raise UserError(f"edit drop of {path!r}: a tuple of {returns} items was asked for, at most 16 make sense")
+    types = _cache_types(model)
+    swap(model, path, Dropped(returns, width))
+    _renumber(model, types)
+
+
+def _remove(model: nn.Module, path: str) -> None:
+    _module(model, "remove", path)
+    parent, _, key = path.rpartition(".")
+    blocks = model.get_submodule(parent)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not key.isdigit() or len(blocks) < 2:
+        raise UserError(f"edit remove: {path!r} is no block of a list of at least two")
+    if any(isinstance(m, Shortcut) for m in blocks[int(key)].modules()):
+        raise UserError(f"edit remove: {path!r} turns the residual to the next block's basis; drop blocks before slicing, not after")
+    types = _cache_types(model)
+    if (config := _list_config(model, path, len(blocks))) is not None:
+        for name, value in list(vars(config).items()):
+            if "layer" in name and isinstance(value, list) and len(value) == len(blocks):
+                setattr(config, name, [v for i, v in enumerate(value) if i != int(key)])
+        config.num_hidden_layers = len(blocks) - 1
+    del blocks[int(key)]
+    _renumber(model, types)
+
+
+def _resize(model: nn.Module, path: str, shape: list[int], bias: bool | None = None, groups: int | None = None) -> None:
+    parent, _, key = path.rpartition(".")
+    owner = model.get_submodule(parent) if path not in dict(model.named_modules()) and parent in dict(model.named_modules()) else None
+    if owner is not None and isinstance(owner._parameters.get(key), Tensor):
+        _check_shape(path, shape, tuple(owner._parameters[key].shape))
+        owner._parameters[key] = _parameter(owner._parameters[key], shape)
+        return
+    module = _module(model, "resize", path)
+    old = module._parameters.get("weight")
+    if old is None:
+        raise UserError(f"edit resize: {path!r} ({type(module).__name__}) has no weight")
+    seen = tuple(weight_of(module).shape)
+    stored = (shape[1], shape[0], *shape[2:]) if flipped(module) else tuple(shape)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        before, after = module.groups, groups or module.groups
+        _check_shape(path, shape, seen, grouped=before > 1)
+        if shape[0] % after or list(seen[2:]) != shape[2:]:
+            raise UserError(f"edit resize of {path!r}: {shape} cannot be split into {after} groups of the kernel {list(seen[2:])}")
+        module.groups, module.out_channels, module.in_channels = after, shape[0], shape[1] * after
+    else:
+        _check_shape(path, shape, seen)
+    for table in (module._parameters, module._buffers):
+        for name, value in table.items():
+            if name != "weight" and value is not None and tuple(value.shape) == seen[:1]:
+                fresh = _parameter(value, shape[:1])
+                table[name] = fresh if table is module._parameters else fresh.detach()
+    if bias and module._parameters.get("bias") is None:
+        module._parameters["bias"] = _parameter(old, shape[:1])
+    module._parameters["weight"] = _parameter(old, stored)
+    sizes = {"out_features": shape[0], "nf": shape[0], "num_embeddings": shape[0], "num_features": shape[0]}
+    sizes |= {"in_features": shape[-1], "nx": shape[-1], "embedding_dim": shape[-1], "normalized_shape": tuple(shape[-1:])}
+    for name, size in sizes.items():
+        if name in vars(module):
+            setattr(module, name, size)
+
+
+def _check_shape(path: str, shape: list[int], seen: tuple[int, ...], grouped: bool = False) -> None:
+    if len(shape) != len(seen) or (any(a > b for a, b in zip(shape, seen, strict=True)) and not grouped):
+        raise UserError(f"edit resize of {path!r}: it has the shape {list(seen)}, and {shape} was asked for; dimensions only shrink")
+
+
+def _norm(model: nn.Module, path: str, width: int, eps: float = 1e-6) -> None:
+    old = _module(model, "norm", path)
+    if not isinstance(old, nn.LayerNorm) or not 1 <= width <= old.normalized_shape[-1]:
+        raise UserError(f"edit norm: {path!r} is {type(old).__name__}; a layer norm at least {width} wide is needed")
+    like = next(model.parameters()) if old.weight is None else old.weight
+    swap(model, path, nn.RMSNorm(width, eps=eps, device=like.device, dtype=like.dtype))
+
+
+def _factor(model: nn.Module, path: str, rank: int) -> None:
+    old = _module(model, "factor", path)
+    shape = tuple(weight_of(old).shape) if isinstance(getattr(old, "weight", None), Tensor) else ()
+    if len(shape) < 2 or not 1 <= rank <= LARGEST or isinstance(old, nn.Embedding) or getattr(old, "groups", 1) != 1:
+        raise UserError(f"edit factor of {path!r} ({type(old).__name__}): rank {rank} of a linear or plain convolution was expected")
+    bias, made = getattr(old, "bias", None) is not None, {"device": old.weight.device, "dtype": old.weight.dtype}
+    if isinstance(old, nn.modules.conv._ConvNd):
+        spread = {k: getattr(old, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        right = type(old)(shape[1], rank, bias=False, **spread, **made)
+        left = type(old)(rank, shape[0], 1, bias=bias, **made)
+    else:
+        right = nn.Linear(shape[1], rank, bias=False, **made)
+        left = nn.Linear(rank, shape[0], bias=bias, **made)
+    swap(model, path, Factored(right, left))
+
+
+def _shortcut(model: nn.Module, path: str, norm: str, branch: str, width: int) -> None:
+    parent, _, key = path.rpartition(".")
+    before, behind = _module(model, "shortcut", norm), _module(model, "shortcut", branch)
+    owner = _module(model, "shortcut", parent)
+    if not re.fullmatch(r"shortcut_\w+", key) or key in owner._modules or width < 1:
+        raise UserError(f"edit shortcut: {path!r} is taken, or is not called shortcut_...")
+    like = next(model.parameters())
+    made = Shortcut(width).to(device=like.device, dtype=like.dtype)
+    owner.add_module(key, made.train(owner.training))
+    before.register_forward_pre_hook(made.take, with_kwargs=True)
+    behind.register_forward_hook(made.give)
+
+
+def _untie(model: nn.Module, path: str) -> None:
+    module = _module(model, "untie", path)
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise UserError(f"edit untie: {path!r} has no weight")
+    own = weight.detach().clone() if not weight.is_meta else torch.empty_like(weight)
+    module._parameters["weight"] = nn.Parameter(own, requires_grad=weight.requires_grad)
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied:
+        name = f"{path}.weight"
+        model.all_tied_weights_keys = {k: v for k, v in tied.items() if name not in (k, v)}
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False
+
+
+OPS = {"drop": _drop, "remove": _remove, "resize": _resize, "norm": _norm, "factor": _factor, "shortcut": _shortcut, "untie": _untie}
+
+
+# ---- which edits drop a sublayer or a block
+
+
+def branch_path(modelmap: Any, sublayer: Any) -> str | None:
+    """The module that holds all linears of a sublayer and nothing else of its block; None where they lie loose in the block."""
+    paths = [p.split(".") for p in (*sublayer.inputs, *sublayer.outputs)]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    path = ".".join(shared)
+    others = (p for s in modelmap.sublayers if s != sublayer for p in (*s.inputs, *s.outputs))
+    within = [p for p in others if p == path or p.startswith(path + ".")]
+    return path if path and path not in modelmap.blocks and not within else None
+
+
+def sublayer_path(modelmap: Any, sublayer: Any) -> str:
+    """The path under which a plan speaks of a sublayer: its module, or the linear that it writes with."""
+    return branch_path(modelmap, sublayer) or sublayer.output or sublayer.path
+
+
+def drop_edits(model: nn.Module, modelmap: Any, path: str) -> list[dict[str, Any]]:
+    """The edits that drop a sublayer or a whole block.
+
+    With a sublayer go the norm that it alone reads, and a norm behind it that has a shift (which would not give zero for zero). Where
+    no module holds the sublayer, each of its linears goes; all but those that write into the residual then give nothing at all.
+
+    Args:
+        model: the model as it is now; it is not changed.
+        modelmap: its map.
+        path: a sublayer's (`sublayer_path`) or a block's.
+
+    Raises:
+        UserError: no sublayer or block has that path.
+    """
+    if path in modelmap.blocks:
+        return [{"op": "remove", "path": path}]
+    sublayer = next((s for s in modelmap.sublayers if path in (sublayer_path(modelmap, s), branch_path(modelmap, s))), None)
+    if sublayer is None or sublayer.kind == "block":
+        raise UserError(f"{path!r} was to be dropped, and is no sublayer or block of this model")
+    holder = branch_path(modelmap, sublayer)
+    if holder is not None:
+        edits: list[dict[str, Any]] = [{"op": "drop", "path": holder}]
+        if count := returned(model.get_submodule(holder)):
+            edits[0]["returns"] = count
+    else:
+        loose = dict.fromkeys((*sublayer.inputs, *sublayer.outputs))
+        widths = {p: len(weight_of(model.get_submodule(p))) if p in sublayer.outputs else 0 for p in loose}
+        edits = [{"op": "drop", "path": p, "width": width} for p, width in widths.items()]
+    if sublayer.norm and set(modelmap.readers.get(sublayer.norm, ())) <= set(sublayer.inputs):
+        edits.append({"op": "drop", "path": sublayer.norm})
+    shifted = {n.path for n in modelmap.norms if n.bias}
+    if sublayer.post_norm in shifted:
+        if modelmap.residual is None or not modelmap.residual.prenorm:
+            raise UserError(f"{path!r} was to be dropped, but the norm {sublayer.post_norm!r} behind it normalises the whole residual")
+        edits.append({"op": "drop", "path": sublayer.post_norm})
+    return edits
+
+
+# ---- the cache: places of the attentions that are left
+
+
+def _list_config(model: nn.Module, path: str, count: int) -> Any:
+    """The configuration that counts the blocks of a list: the nearest one above it with that number."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if getattr(config, "num_hidden_layers", None) == count:
+            return config
+    return None
+
+
+def _holders(model: nn.Module) -> list[nn.Module]:
+    """Modules that write to the cache: they have a place in it, and nothing inside them has, or had."""
+    numbered = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    return [
+        m
+        for m in numbered
+        if not any(c is not m and (isinstance(c, Dropped) or isinstance(getattr(c, "layer_idx", None), int)) for c in m.modules())
+    ]
+
+
+def _layer_types(model: nn.Module) -> list[Any]:
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None and callable(getattr(config, "get_text_config", None)) else None
+    return list(getattr(text, "layer_types", None) or [])
+
+
+def _cache_types(model: nn.Module) -> dict[nn.Module, Any]:
+    """What sort of cache layer (full, sliding) each attention writes to."""
+    types = _layer_types(model)
+    holders = _holders(model)
+    return {m: types[m.layer_idx] if m.layer_idx < len(types) else None for m in holders}  # type: ignore[operator,index]
+
+
+def _renumber(model: nn.Module, types: Mapping[nn.Module, Any]) -> None:
+    """Close the gaps in the cache: the attentions left take the first places of their sort, so that each sort's first is in use.
+
+    A cache answers how long it is, and how large the mask must be, from its first layer of a sort; an empty one there would restart the
+    positions at every decoded token.
+    """
+    left = _holders(model)
+    if any(getattr(m, "kv_shared_layer_index", None) is not None for m in left) and len(left) < len(types):
+        raise UserError("this model's attentions share each other's keys and values; dropping one is not supported")
+    places: dict[Any, list[int]] = {}
+    for i, kind in enumerate(_layer_types(model)):
+        places.setdefault(kind, []).append(i)
+    moved: dict[Any, dict[int, int]] = {}
+    for module in left:
+        kind = types.get(module)
+        mapping = moved.setdefault(kind, {})
+        old: int = module.layer_idx  # type: ignore[assignment]
+        if old not in mapping:
+            free = places.get(kind)
+            mapping[old] = free[len(mapping)] if free else len(mapping)
+        module.layer_idx = mapping[old]  # type: ignore[assignment]
+
+
+# ---- whether an edited model is still a plain one
+
+
+def plain_config_changes(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What to change in the original configuration so that it gives the edited model, as a plain Hugging Face folder; None if nothing does.
+
+    The candidates are the sizes that the edits leave; the answer is checked by building the model that they describe, on the meta device,
+    and comparing every name and shape.
+
+    Args:
+        model: the edited model, with the configuration that `replay` left it.
+        edits: all its edits.
+    """
+    edits = list(edits)
+    config = getattr(model, "config", None)
+    if config is None or any(e["op"] in ("drop", "norm", "factor", "shortcut") for e in edits):
+        return None
+    changes: dict[str, Any] = {}
+    if any(e["op"] == "remove" for e in edits):
+        count = changes["num_hidden_layers"] = config.num_hidden_layers
+        changes |= {k: v for k, v in vars(config).items() if "layer" in k and isinstance(v, list) and len(v) == count}
+    if any(e["op"] == "untie" for e in edits):
+        changes["tie_word_embeddings"] = False
+    table = model.get_input_embeddings()
+    hidden = table.weight.shape[-1] if isinstance(table, nn.Embedding) else config.hidden_size
+    if hidden != config.hidden_size:
+        changes["hidden_size"] = hidden
+        changes["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shapes = {tuple(weight_of(m).shape) for m in model.modules() if isinstance(m, nn.Linear) or flipped(m)}
+    inner = sorted({rows for rows, cols in shapes if cols == hidden} & {cols for rows, cols in shapes if rows == hidden})
+    inner_names = [n for n in ("intermediate_size", "ffn_dim", "n_inner") if hasattr(config, n)]
+    tries = [{}, *({name: size} for name in inner_names for size in inner)]
+    return next((changes | extra for extra in tries if _same_shapes(model, config, changes | extra)), None)
+
+
+def _same_shapes(model: nn.Module, config: Any, changes: Mapping[str, Any]) -> bool:
+    import copy
+
+    try:
+        other = type(config).from_dict({**copy.deepcopy(config).to_dict(), **changes})
+        with torch.device("meta"):
+            plain = type(model)(other)
+    except Exception:  # a configuration validates itself in ways of its own; any refusal means: not plain
+        return False
+    return {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}

@@ -1,0 +1,370 @@
+"""A fit's job: from a request to the finished evidence, step by committed step."""
+
+from __future__ import annotations
+
+import json
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.core.budget import say_bytes
+from trimtab.core.errors import BudgetError, UserError
+from trimtab.core.journal import Journal
+from trimtab.core.level import Dense, Level, rows_cols
+from trimtab.core.method import Allocator, method
+from trimtab.core.plan import Plan, check, exact_plan, grouping
+from trimtab.core.table import Row
+
+Progress = Callable[[str, int, int], None]
+
+if TYPE_CHECKING:
+    from trimtab.engine.apply import Applied
+    from trimtab.engine.database import Database
+    from trimtab.engine.probe import Choice, Unit
+    from trimtab.engine.stream import Stream
+    from trimtab.fitting import Request
+    from trimtab.models.source import Source
+    from trimtab.tasks.base import Scores, Task
+
+
+
+@dataclass
+class Candidate:
+    """A plan on its way to being the result.
+
+    Fields:
+        name: what it is (`fitted`, `uniform gptq@4b/g64`).
+        steps: resolved steps by exact site.
+        rows: the chosen row of each unit.
+        dropped: sublayers that are left out.
+    """
+
+    name: str
+    steps: Any
+    rows: dict[str, Row]
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def plan(self) -> str:
+        """The plan's text, sites by their paths."""
+        return str(exact_plan(self.steps))
+
+    def predicted(self) -> float:
+        """Damage if damages added up."""
+        return sum(r.damage for r in self.rows.values())
+
+
+class Job:
+    """One run of a fit: a folder with a journal, and what is worked out in it."""
+
+    def __init__(self, request: Request, out: Path, resume: bool, progress: Progress | None = None) -> None:
+        from trimtab.models.source import open_source
+
+        self.request, self.out, self.progress = request, out, progress or (lambda what, done, total: None)
+        self.started = time.perf_counter()
+        self.timings: dict[str, float] = {}
+        self.source: Source = open_source(request.model)
+        self.menu: dict[str, Any] = tomllib.loads(files("trimtab").joinpath("menus.toml").read_text())[request.effort]
+        header = {
+            **{"model": request.model, "hash": self.source.hash, "budget": request.budget.limits()},
+            **{k: v for k, v in request.__dict__.items() if k not in ("model", "budget")},
+        }
+        self.header = json.loads(json.dumps(header))
+        self.resume = resume
+        self._reference: list[Any] | None = None
+
+    # ---- what everything is worked out from
+
+    @cached_property
+    def task(self) -> Task:
+        from trimtab.tasks.build import task_for
+
+        return task_for(self.source, self.request.data, self.request.length)
+
+    @cached_property
+    def journal(self) -> Journal:
+        return Journal(self.out, self.resume, self.header)
+
+    @cached_property
+    def modelmap(self) -> Any:
+        from trimtab.core.modelmap import trace
+
+        batch = self.task.batch("search", 1, self.request.seed)
+        inputs: Any = dict(batch.inputs) if self.source.config.get("architectures") else tuple(batch.inputs.values())
+        if isinstance(inputs, dict) and "input_ids" in inputs:
+            inputs["input_ids"] = inputs["input_ids"][:, :32]
+        return trace(self.source.skeleton(), inputs)
+
+    def stream(self) -> Stream:
+        """A fresh stream over the original."""
+        from trimtab.engine.stream import Stream
+
+        extra = {"use_cache": False} if self.task.name == "causal-lm" else {}
+        return Stream(self.source, self.modelmap, extra)
+
+    def batch(self, split: str) -> Any:
+        """The split's items at this effort."""
+        items = self.menu[split]
+        return self.task.batch(split, items if self.task.name != "classification" else 100 * items, self.request.seed)
+
+    @property
+    def chunk(self) -> int:
+        """Items in one forward."""
+        return 8 if self.task.name != "classification" else 128
+
+    def fixed_bytes(self, units: Iterable[Unit]) -> int:
+        """Bytes of an artifact beside its units: other tensors in their own type, headers, configuration, tokenizer."""
+        units = list(units)
+        mine = {f"{s.path}.weight" for u in units for s in u.sites}
+        width = 0
+        for name in self.source.names:
+            if name not in mine:
+                tensor = self.source.read(name)
+                width += tensor.numel() * tensor.element_size()
+        header = 110 * len(self.source.names) + 330 * sum(len(u.sites) for u in units) + 1500
+        return width + header + sum(p.stat().st_size for p in self.source.sidecars())
+
+    # ---- the steps
+
+    def legal(self, level: Level, site: Any) -> bool:
+        """Whether what the target loads allows a level at a site."""
+        group = grouping(level)
+        divides = not group or rows_cols(site.shape)[1] % group == 0
+        if self.request.target == "gguf":
+            from trimtab.formats.gguf import expressible
+        elif self.request.target == "compressed-tensors":
+            from trimtab.formats.compressed_tensors import expressible
+        else:
+            return divides or self.request.padding
+        return divides and expressible(self.request.target, level, site.shape)
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Units with their choices; a method that the request rules out gives none."""
+        from trimtab.engine.probe import units_of
+
+        kinds = ("linear", "head", "embedding", "conv")
+        allowed = set(self.request.methods)
+        menu = {k: [c for c in self.menu[k] if not allowed or c.partition("@")[0].partition("(")[0] in allowed | {"rtn"}] for k in kinds}
+        return [u for u in units_of(self._probe_stream, menu, self.request.couple, self.legal) if u.choices]
+
+    @cached_property
+    def _probe_stream(self) -> Stream:
+        return self.stream()
+
+    @cached_property
+    def database(self) -> Database:
+        """Solved choices, for allocators that measure combinations."""
+        from trimtab.engine.database import Database
+
+        batches = self.batch("calibration"), self.batch("search")
+        return Database(self._probe_stream, self.units, *batches, self.task, self.chunk, self.reference, self.request.seed)
+
+    @cached_property
+    def dropper(self) -> Choice | None:
+        """The choice that leaves a sublayer out, where the menu and the target have one."""
+        from trimtab.engine.probe import Choice
+
+        names = [c for c in self.menu.get("sublayer", []) if not self.request.methods or c.partition("@")[0] in self.request.methods]
+        usable = names and self.request.target == "native" and self.modelmap.sublayers and self.source.task == "causal-lm"
+        return Choice.parse(names[0]) if usable else None
+
+    def timed(self, what: str, work: Callable[[], Any]) -> Any:
+        """Do a piece of work, and keep how long it took."""
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - start
+
+    def tell(self, what: str) -> Callable[[int, int], None]:
+        """A progress function for one piece of work."""
+        return lambda done, total: self.progress(what, done, total)
+
+    @property
+    def reference(self) -> list[Any]:
+        """The original's outputs on the search data, that damage is measured against."""
+        from trimtab.engine.measure import references, through
+
+        if self._reference is None:
+            batch = self.batch("search")
+            stream = self._probe_stream
+            self._reference = references(stream, through(stream, batch, self.chunk), batch, self.task)
+        return self._reference
+
+    def table(self) -> tuple[list[Row], dict[str, float]]:
+        """Probed rows of every unit, with the original among them, and the damage of each drop."""
+        from trimtab.engine.probe import original_row, probe
+
+        rows, drops = probe(
+            *(self._probe_stream, self.units, self.batch("calibration"), self.batch("search"), self.task, self.chunk),
+            **{"seed": self.request.seed, "reference": self.reference, "step": self.journal.step, "drops": self.dropper is not None},
+            progress=self.tell("probing"),
+        )
+        return rows + [original_row(u, self.source.dtype) for u in self.units], drops
+
+    def allocate(self, rows: list[Row], limit: float, drops: Mapping[str, float], dropped: tuple[str, ...]) -> Candidate:
+        """The allocator's choice for a limit on the units' bytes, with these sublayers left out."""
+        gone = {s.path for s in self.modelmap.sites if any(s.path.startswith(d + ".") for d in dropped)}
+        open_rows = [Row(r.unit, r.choice, 0, 0.0, 0.0, r.weights) if r.unit.partition("+")[0] in gone else r for r in rows]
+        chooser = method(self.request.allocator)
+        assert isinstance(chooser, Allocator)
+        extra = self._wants(chooser, open_rows)
+        picked = chooser.allocate(open_rows, {"bytes": limit}, **extra)
+        picked = {u: r for u, r in picked.items() if u.partition("+")[0] not in gone}
+        return Candidate("fitted", self._steps(picked, dropped), picked, dropped)
+
+    def _steps(self, picked: Mapping[str, Row], dropped: tuple[str, ...]) -> Any:
+        from trimtab.engine.probe import plan_of
+
+        return plan_of(picked, [u for u in self.units if u.name in picked], self.dropper, dropped)
+
+    def _wants(self, chooser: Allocator, rows: list[Row]) -> dict[str, Any]:
+        """What an allocator's verb asks for by name."""
+        import torch
+
+        needs = chooser.needs()
+        extra: dict[str, Any] = {}
+        if "rng" in needs:
+            extra["rng"] = torch.Generator().manual_seed(self.request.seed)
+        rest = [n for n in needs if n not in extra]
+        from trimtab.evidence import for_allocator
+
+        return extra | (for_allocator(self, rows, rest) if rest else {})
+
+    def apply(self, candidate: Candidate, shelf_name: str, split: str = "calibration") -> Applied:
+        """Carry a candidate's plan out on a fresh stream."""
+        from trimtab.engine.apply import apply
+        from trimtab.engine.shelf import Shelf
+
+        stream = self.stream()
+        shelf = Shelf(self.journal, shelf_name)
+        stream.packed = shelf
+        what = f"applying {candidate.name}"
+        return apply(stream, candidate.steps, self.batch(split), self.chunk, seed=self.request.seed, keep=shelf.keep, progress=self.tell(what))
+
+    def scores(self, stream: Stream, split: str) -> Scores:
+        """Scores on a split, damage against the original where the split is the search's."""
+        from trimtab.engine.measure import measure
+
+        reference = self.reference if split == "search" or self.task.name == "embedding" and split == "search" else None
+        if split == "test" and self.task.name == "embedding":
+            reference = self._test_reference
+        return measure(stream, self.batch(split), self.task, self.chunk, reference)
+
+    @cached_property
+    def _test_reference(self) -> list[Any]:
+        from trimtab.engine.measure import references, through
+
+        batch = self.batch("test")
+        return references(self._probe_stream, through(self._probe_stream, batch, self.chunk), batch, self.task)
+
+
+    def original_meets(self) -> bool:
+        """Whether the original is within the size that is asked for, so that nothing need be done."""
+        budget = self.request.budget
+        return self.request.plan is None and budget.size is not None and self.source.bytes <= budget.size and budget.quality is None
+
+    def check_feasible(self) -> None:
+        """Refuse a size below the smallest plan before any work is done.
+
+        Raises:
+            UserError: names what was asked, and the smallest size.
+        """
+        size = self.request.budget.size
+        if size is None:
+            return
+        least = self.fixed_bytes(self.units) + sum(min(self.bytes_of(u, c) for c in u.choices) for u in self.units)
+        if size < least:
+            raise UserError(
+                f"size {say_bytes(size)} was asked for, and the smallest plan for {self.source.name} takes {say_bytes(least)} "
+                f"(the original: {say_bytes(self.source.bytes)}); ask for at least {say_bytes(1.01 * least)}"
+            )
+
+    def bytes_of(self, unit: Unit, text: str) -> int:
+        """Exact bytes of a choice for a unit."""
+        from trimtab.engine.probe import Choice
+
+        level = Choice.parse(text).level
+        return sum(level.bytes(s.shape) for s in unit.sites)
+
+    def planned(self) -> Candidate:
+        """The candidate that the request's own plan means.
+
+        Raises:
+            UserError: the plan is illegal here.
+        """
+        from trimtab.engine.stream import own_sites
+
+        assert self.request.plan is not None
+        sites = list(own_sites(self.modelmap).values())
+        sites += self._places()
+        steps = Plan.parse(self.request.plan).resolve(sites)
+        check(steps, sites, self.request.padding)
+        return Candidate("plan", steps, {})
+
+    def _places(self) -> list[Any]:
+        """Sublayers and blocks as sites, for methods that take these."""
+        from trimtab.core.site import Site
+
+        seen = {s.path for s in self.modelmap.sites}
+        from trimtab.formats.structure import sublayer_path
+
+        found = [Site(sublayer_path(self.modelmap, s), "sublayer", (), s.block, s.kind) for s in self.modelmap.sublayers if s.kind != "block"]
+        found += [Site(path, "block", (), i, "block") for i, path in enumerate(self.modelmap.blocks)]
+        return [s for s in found if s.path not in seen]
+
+    def uniform(self, rows: list[Row], limit: float) -> list[Candidate]:
+        """Plans that take every linear to one level and every embedding to one, within the limit, best predicted first."""
+        by_unit: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            by_unit.setdefault(row.unit, {})[row.choice] = row
+        kinds: dict[str, list[Unit]] = {}
+        for unit in self.units:
+            kinds.setdefault("embedding" if unit.sites[0].kind == "embedding" else "rest", []).append(unit)
+        found = []
+        for one in self._common(kinds.get("rest", []), by_unit):
+            for two in self._common(kinds.get("embedding", []), by_unit) or [""]:
+                picked = {u.name: by_unit[u.name][one] for u in kinds.get("rest", [])}
+                picked |= {u.name: by_unit[u.name][two] for u in kinds.get("embedding", [])}
+                if sum(r.bytes for r in picked.values()) <= limit:
+                    name = f"uniform {one}" + (f", embeddings {two}" if two else "")
+                    found.append(Candidate(name, self._steps(picked, ()), picked))
+        return sorted(found, key=Candidate.predicted)
+
+    @staticmethod
+    def _common(units: list[Unit], by_unit: Mapping[str, Mapping[str, Row]]) -> list[str]:
+        """Choices that every one of these units has; a unit without a grouped choice takes none, so the shortest menu decides."""
+        if not units:
+            return []
+        shared = set.intersection(*(set(by_unit[u.name]) for u in units))
+        return [c for c in by_unit[units[0].name] if c in shared]
+
+    def best_for(self, rows: list[Row], drops: Mapping[str, float], limit: float) -> Candidate:
+        """The allocator's choice for a limit, over every number of dropped sublayers that predicts less damage."""
+        best = self.allocate(rows, limit, drops, ())
+        cost = best.predicted()
+        order = sorted(drops, key=lambda p: drops[p])
+        for count in range(1, len(order)):
+            dropped = tuple(order[:count])
+            lost = sum(drops[p] for p in dropped)
+            if lost >= cost:
+                break
+            try:
+                candidate = self.allocate(rows, limit, drops, dropped)
+            except BudgetError:
+                continue
+            if lost + candidate.predicted() < cost:
+                best, cost = candidate, lost + candidate.predicted()
+        return best
+
+    def go(self) -> dict[str, Any]:
+        """The whole run: the evidence."""
+        from trimtab.evidence import Evidence
+
+        return Evidence(self).gather()

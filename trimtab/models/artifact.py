@@ -1,0 +1,196 @@
+"""Artifacts: what `fit` hands over and `run` loads. Safetensors, the configuration, and `trimtab.json`; nothing of it is code.
+
+`trimtab.json` says for each packed weight its level and shape, the changes of structure, the plan, and where it all came from. A packed weight
+lies in the safetensors file as `<parameter>.<part>` (`model.layers.0.mlp.up_proj.weight.codes`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.core.errors import UserError
+from trimtab.core.journal import commit_folder, write_atomic, writing
+from trimtab.core.level import parse_level
+from trimtab.formats.packed import DTYPES, Packed, tensor_names
+from trimtab.models.source import SIDECARS, fill, skeleton_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FORMAT = 1
+MANIFEST = "trimtab.json"
+SHARD = 1 << 30
+
+
+@dataclass
+class Contents:
+    """An artifact's manifest, parsed and checked, and a reader of its tensors.
+
+    Fields:
+        folder: where it lies.
+        manifest: the parsed `trimtab.json`.
+        packed: parameter name -> reader of the packed weight.
+        dense: names of the tensors stored as they are.
+        read: reads one of these.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    packed: dict[str, Callable[[], Packed]]
+    dense: tuple[str, ...]
+    read: Callable[[str], Tensor]
+
+
+def write_artifact(
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor | Packed]],
+    shapes: Mapping[str, tuple[list[int], bool]],
+    manifest: dict[str, Any],
+    sidecars: list[Path],
+) -> int:
+    """Write an artifact: all of it or nothing; its bytes on disk.
+
+    Args:
+        tensors: parameter name -> tensor or packed weight, streamed.
+        shapes: parameter name -> (shape in the module, stored transposed) of packed weights.
+        manifest: plan, edits, source, task.
+        sidecars: configuration and tokenizer files to copy.
+    """
+    from trimtab.formats.checkpoint import write_safetensors
+
+    packed: dict[str, Any] = {}
+
+    def flat() -> Iterator[tuple[str, Tensor]]:
+        for name, value in tensors:
+            if isinstance(value, Packed):
+                shape, transposed = shapes[name]
+                packed[name] = {"level": str(value.level), "matrix": list(value.shape), "shape": shape, "transposed": transposed}
+                for part, tensor in value.tensors.items():
+                    yield f"{name}.{part}", tensor
+            else:
+                yield name, value
+
+    temporary = folder.with_name(f".{folder.name}.part")
+    with writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write_safetensors(flat(), temporary / "model.safetensors", shard_bytes=SHARD)
+            for path in sidecars:
+                shutil.copyfile(path, temporary / path.name)
+            text = json.dumps({"format": FORMAT, **manifest, "packed": dict(sorted(packed.items()))}, separators=(",", ":"), sort_keys=True)
+            write_atomic(temporary / MANIFEST, lambda p: p.write_text(text) and None)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    commit_folder(temporary, folder)
+    return folder_bytes(folder)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def open_artifact(folder: Path | str) -> Contents:
+    """Read an artifact's manifest and check it against its tensors.
+
+    Raises:
+        UserError: it is no artifact, of a newer format, or damaged.
+    """
+    from trimtab.formats.checkpoint import Checkpoint
+
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is no artifact: it has no {MANIFEST}; `trimtab fit` makes one")
+    try:
+        manifest = json.loads(path.read_text())
+        assert isinstance(manifest, dict) and isinstance(manifest["packed"], dict)
+    except (UnicodeDecodeError, json.JSONDecodeError, AssertionError, KeyError) as error:
+        raise UserError(f"{path} is damaged; fit the model again") from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')!r}, and this Trimtab reads {FORMAT}; update one or the other")
+    checkpoint = Checkpoint(folder)
+    names = set(checkpoint.names())
+    packed: dict[str, Callable[[], Packed]] = {}
+    for name, row in manifest["packed"].items():
+        try:
+            level, matrix = parse_level(row["level"]), tuple(int(n) for n in row["matrix"])
+            parts = {part: f"{name}.{part}" for part in tensor_names(level)}
+            size = sum(checkpoint.nbytes(p) for p in parts.values())
+            if size != level.bytes(matrix):
+                raise UserError(f"{folder}: {name} holds {size} bytes, and {level} of {matrix} takes {level.bytes(matrix)}: the artifact is damaged; fit again")
+        except (KeyError, TypeError, ValueError) as error:
+            raise error if isinstance(error, UserError) else UserError(f"{path}: the entry of {name} is damaged; fit the model again") from error
+        names -= set(parts.values())
+        packed[name] = lambda level=level, matrix=matrix, parts=parts: Packed(level, matrix, {k: checkpoint.read(v) for k, v in parts.items()})
+    return Contents(folder, manifest, packed, tuple(sorted(names)), checkpoint.read)
+
+
+def dense_parameter(contents: Contents, name: str) -> Tensor:
+    """A packed parameter as the module holds it: unpacked, turned and shaped, fp32."""
+    row = contents.manifest["packed"][name]
+    weight = contents.packed[name]().dense()
+    weight = weight.T.contiguous() if row["transposed"] else weight
+    return weight.reshape(row["shape"])
+
+
+def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The artifact's module with its weights, in eval mode, in fp32.
+
+    Args:
+        skeleton: for a model that came from a Python function: makes that module again; the artifact itself names no code to run.
+    """
+    import torch
+
+    from trimtab.formats.structure import replay
+
+    model = skeleton() if skeleton else _skeleton(contents)
+    replay(model, contents.manifest.get("edits", []))
+    names = (*contents.packed, *contents.dense)
+
+    def read(name: str) -> Tensor:
+        return dense_parameter(contents, name) if name in contents.packed else contents.read(name)
+
+    fill(model, names, read)
+    for name in contents.packed:
+        shift = contents.packed[name]().bias() if "bias" in tensor_names(parse_level(contents.manifest["packed"][name]["level"])) else None
+        if shift is not None:
+            module = model.get_submodule(name.rpartition(".")[0])
+            old = module._parameters.get("bias")
+            module._parameters["bias"] = torch.nn.Parameter(shift if old is None else old + shift, requires_grad=False)
+    return model.eval()
+
+
+def _skeleton(contents: Contents) -> nn.Module:
+    from trimtab.models.source import _on_meta
+
+    path = contents.folder / "config.json"
+    if not path.is_file():
+        made_by = contents.manifest.get("source", {}).get("name", "a Python function")
+        raise UserError(f"{contents.folder} came from {made_by}; name that function again with --model, for an artifact holds no code")
+    config = json.loads(path.read_text())
+    if config.get("model_type") == "pocket-cnn":
+        from trimtab.models.pocket.cnn import PocketCNN
+
+        return _on_meta(PocketCNN.from_config(config))
+    return skeleton_of(config, str(contents.folder))
+
+
+def stored_dtype(name: str) -> Any:
+    """Torch's type of `bf16`, `fp16`, `fp32`."""
+    return DTYPES[name]
+
+
+def is_artifact(path: Path | str) -> bool:
+    """Whether a folder is an artifact."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+__all__ = ["MANIFEST", "SIDECARS", "Contents", "build", "folder_bytes", "is_artifact", "open_artifact", "stored_dtype", "write_artifact"]

@@ -1,0 +1,68 @@
+"""The fresh process of the round-trip gate: load an artifact, run it on stored inputs, and print how far its outputs are from the stored ones.
+
+    python -m trimtab.models.fresh ARTIFACT PROBE.safetensors [--context N] [--batch N] [--threads N] [--model module:function]
+
+Prints one JSON object: `prefill` and `decode` (largest difference as a share of the largest output), `seconds` of one forward, `tokens_per_second` of
+decoding, `load_seconds`, and `peak_bytes`: most memory held above that of the idle process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the check that the arguments describe."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("probe", type=Path)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--model")
+    args = parser.parse_args()
+    import torch
+
+    from trimtab.engine.measure import anonymous_bytes, peak_bytes
+    from trimtab.engine.run import decoded, seconds_of, worst
+    from trimtab.formats.checkpoint import Checkpoint
+    from trimtab.models.artifact import build, open_artifact
+    from trimtab.models.source import open_source
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    stored = Checkpoint(args.probe)
+    inputs = {n.removeprefix("input."): stored.read(n) for n in stored.names() if n.startswith("input.")}
+    contents = open_artifact(args.artifact)
+    skeleton = open_source(args.model).skeleton if args.model else None
+    __import__("transformers")
+    idle = anonymous_bytes()
+    start = time.perf_counter()
+    model = build(contents, skeleton)
+    loaded = time.perf_counter() - start
+    named = "input_ids" in inputs or hasattr(model, "config") and hasattr(model.config, "architectures")
+    with torch.no_grad():
+
+        def call(items: dict[str, torch.Tensor]) -> torch.Tensor:
+            out = model(**items) if named else model(*items.values())
+            return next((getattr(out, n) for n in ("logits", "last_hidden_state") if hasattr(out, n)), out)
+
+        expected = stored.read("output")
+        result = {"prefill": worst(expected, call(inputs).float()), "load_seconds": loaded}
+        one = {k: v[:1] for k, v in inputs.items()}
+        result["seconds"] = seconds_of(lambda: call(one))
+        if contents.manifest["task"] == "causal-lm":
+            start = time.perf_counter()
+            result["decode"] = worst(expected, decoded(model, inputs["input_ids"]))
+            result["tokens_per_second"] = inputs["input_ids"].numel() / (time.perf_counter() - start)
+            length = min(args.context, getattr(model.config, "max_position_embeddings", args.context))
+            model(input_ids=torch.zeros(args.batch, length, dtype=torch.long), use_cache=True)
+    result["peak_bytes"] = max(0, peak_bytes() - idle)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

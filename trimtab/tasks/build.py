@@ -1,0 +1,146 @@
+"""From a source and the user's data to a task with its three splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.core.errors import UserError
+from trimtab.tasks.base import Task
+from trimtab.tasks.causal_lm import CausalLM, Embedding, MaskedLM
+from trimtab.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from trimtab.models.source import Source
+
+SPLITS = ("calibration", "search", "test")
+SHARES = {"calibration": 0.6, "search": 0.2, "test": 0.2}  # of the user's own text or images
+WINDOWS = {"calibration": 512, "search": 256, "test": 1024}  # at most so many are cut
+
+
+def task_for(source: Source, data: str | None = None, length: int = 256) -> Task:
+    """The task of a model on the user's data; without data on text that Python brings along, or on the data of a pocket model.
+
+    Args:
+        data: text file (`.txt`, `.md`, `.py`, ... or `.jsonl` with a `text` field), `.npz` with `images` and `labels`, a folder with one folder of
+            images a class, or `module:function` that returns {split: (inputs, labels)}.
+        length: tokens in a window of text.
+
+    Raises:
+        UserError: the data are missing, empty, binary, too short, or of another kind than the model wants.
+    """
+    if source.task == "classification":
+        return Classification(_classes(source, data))
+    tokenizer = source.tokenizer()
+    limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or length
+    length = min(length, int(limit))
+    vocabulary = int(source.config.get("vocab_size", 0))
+    windows, sizes = {}, {}
+    for split, documents in _texts(data).items():
+        windows[split], sizes[split] = _windows(documents, tokenizer, length, WINDOWS[split], vocabulary)
+    if source.task == "masked-lm":
+        if tokenizer.mask_token_id is None:
+            raise UserError(f"the tokenizer of {source.name} has no mask token, which a masked language model is measured with")
+        return MaskedLM(windows, sizes, tokenizer.mask_token_id)
+    return (CausalLM if source.task == "causal-lm" else Embedding)(windows, sizes)
+
+
+def _windows(documents: list[str], tokenizer: Any, length: int, limit: int, vocabulary: int) -> Any:
+    from trimtab.tasks.text import token_blocks
+
+    blocks = token_blocks(tokenizer, documents, length, limit=limit)
+    if vocabulary and int(blocks.tokens.max()) >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {int(blocks.tokens.max())}, and the model knows {vocabulary}: this tokenizer belongs to another model; "
+            f"put the model's own tokenizer files into its folder"
+        )
+    return blocks.tokens, blocks.bytes
+
+
+def _texts(data: str | None) -> dict[str, list[str]]:
+    if data is None:
+        import hashlib
+
+        from trimtab.tasks.text import stdlib_documents
+
+        def spread(split: str) -> list[str]:  # in the order of a hash: the first windows come from all over the library
+            documents = stdlib_documents(split)
+            return [d.text for d in sorted(documents, key=lambda d: hashlib.sha256(d.path.encode()).digest())]
+
+        return {"calibration": spread("train"), "search": spread("search"), "test": spread("test")}
+    text = read_text(Path(data).expanduser())
+    cuts, start = {}, 0
+    for split in SPLITS:
+        stop = len(text) if split == "test" else start + int(SHARES[split] * len(text))
+        cuts[split], start = [text[start:stop]], stop
+    return cuts
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: the file is missing, empty, or no UTF-8 text.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no data file {path}; give a text file with --data")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text (byte {error.start}); give plain text or JSON lines with --data") from error
+    if "\0" in text[:65536]:
+        raise UserError(f"{path} holds NUL bytes: it is binary; give plain text or JSON lines with --data")
+    if path.suffix == ".jsonl":
+        try:
+            text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: every line must be a JSON object with a field `text` ({error})") from error
+    if not text.strip():
+        raise UserError(f"{path} is empty; give some text with --data, at least a few thousand words")
+    return text
+
+
+def _classes(source: Source, data: str | None) -> dict[str, Any]:
+    import torch
+
+    from trimtab.models.pocket import POCKET
+
+    key = "pixel_values"
+    if data is None:
+        if source.name not in POCKET:
+            raise UserError(f"{source.name} names classes of its inputs, so it needs labelled data: give an .npz with images and labels, or module:function, with --data")
+        from trimtab.tasks.digits import digits
+
+        pairs = {ours: digits(theirs) for ours, theirs in (("calibration", "train"), ("search", "search"), ("test", "test"))}
+        return {split: ({key: images}, labels) for split, (images, labels) in pairs.items()}
+    if ":" in data and not Path(data).exists():
+        from trimtab.models.source import load_entry
+
+        made = load_entry(data)()
+        if not isinstance(made, dict) or set(SPLITS) - set(made):
+            raise UserError(f"{data} must return a dict with the splits {', '.join(SPLITS)}, each (inputs, labels)")
+        return {s: (x if isinstance(x, dict) else {key: x}, y) for s, (x, y) in made.items()}
+    path = Path(data).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no data file {path}; give an .npz with arrays `images` and `labels`, or module:function, with --data")
+    images, labels = _npz(path)
+    n = len(labels)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    cuts = (0, int(0.6 * n), int(0.8 * n), n)
+    return {s: ({key: images[order[a:b]]}, labels[order[a:b]]) for s, a, b in zip(SPLITS, cuts, cuts[1:], strict=False)}
+
+
+def _npz(path: Path) -> Any:
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        raise UserError(f"{path} has no arrays `images` and `labels` that load without unpickling ({str(error)[:120]})") from error
+    if images.ndim != 4 or len(images) != len(labels) or len(labels) < 10:
+        raise UserError(f"{path}: images {images.shape} and labels {labels.shape} were found; [n, channels, height, width] and [n] with n >= 10 are needed")
+    return torch.from_numpy(images.astype("float32")), torch.from_numpy(labels.astype("int64"))
