@@ -31,7 +31,7 @@ $(READY): requirements.lock pyproject.toml
 
 # One try: a machine without root or without a package source runs everything but the browser tests, which say so.
 $(BROWSER): $(READY)
-	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing chromium for the browser tests"; \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } </dev/null >$(VENV)/chromium.log 2>&1 \
@@ -60,7 +60,7 @@ claims: $(READY) ## re-run the checks of the papers' claims here and append the 
 docs: $(READY) ## the documentation, with the pages of the methods, in site/
 	$(BIN)/python -m pip install --quiet -c requirements.lock "$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')"
 	$(BIN)/python -m trimtab.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY) ## speed and memory beside the original, as ratios in one run
 	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done

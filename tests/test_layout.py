@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import trimtab
+from trimtab import docs
+from trimtab.core.claim import Check, Claim, record
 from trimtab.core.method import FAMILIES, VERBS, discover
 
 PACKAGE = Path(trimtab.__file__).parent
@@ -168,3 +172,27 @@ def test_a_method_says_what_it_is(name: str) -> None:
     assert lines <= 200, f"{file.name} has {lines} lines"
     assert file.name == file.name.lower()
     assert name == cls.card.name == name.lower()
+
+
+def test_pages_are_written_from_cards_docstrings_and_records(tmp_path: Path) -> None:
+    checks = (Check("a | below b", "a", "<", "b"), Check("b below a", "b", "<", "a"))
+    claim = Claim("gptq", "A *statement*.", "section 1", "a setting", "nats", checks)
+    row = record(claim, [{"a": 1.0, "b": 2.0}, {"a": 1.1, "b": 2.3}, {"a": 0.9, "b": 2.1}], {"machine": {"cores": 2}})
+    (tmp_path / "records" / "quant").mkdir(parents=True)
+    (tmp_path / "records" / "quant" / "gptq.jsonl").write_text(
+        "\n".join(map(json.dumps, (row | {"verdict": "old"}, row)))
+    )
+    stale = tmp_path / "methods" / "quant" / "gone.md"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("a method that is no more")
+    assert docs.main([str(tmp_path / "methods"), str(tmp_path / "records")]) == len(discover()) + 1
+    assert not stale.exists()
+    index = (tmp_path / "methods" / "index.md").read_text("utf-8")
+    links = re.findall(r"\]\((\w+/[\w.-]+\.md)\)", index)
+    assert len(links) == len(discover()) and all((tmp_path / "methods" / link).exists() for link in links)
+    assert "- partly: 1\n" in index and f"- none: {len(discover()) - 1}\n" in index
+    text = (tmp_path / "methods" / "quant" / "gptq.md").read_text("utf-8")
+    assert "Verdict: **partly**, from `records/quant/gptq.jsonl`" in text
+    assert r"A \*statement\*." in text and r"| a \| below b | 1 | 2.133 |" in text
+    assert "`damp=0.01`" in text and "## Departures" in text and "```python\n>>>" in text
+    assert text.count("```") % 2 == 0

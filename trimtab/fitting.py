@@ -113,3 +113,46 @@ def default_folder(model: str) -> Path:
     """`runs/<model>` with a number behind it if that is taken."""
     base = Path("runs") / Path(model).name.replace(":", "-")
     return next(p for i in range(1, 10_000) if not (p := base.with_name(f"{base.name}-{i}" if i > 1 else base.name)).exists())
+
+
+def read_plan(plan: str | None) -> str | None:
+    """A plan's text, from text or from a TOML file.
+
+    Raises:
+        UserError: the file is missing or no plan.
+    """
+    if plan is None or not plan.endswith(".toml"):
+        return plan
+    path = Path(plan)
+    if not path.is_file():
+        raise UserError(f"there is no plan file {plan}")
+    return str(Plan.from_toml(path.read_text("utf-8")))
+
+
+def preview(model: str, *, budget: Budget | None = None, **options: Any) -> dict[str, Any]:
+    """What a fit would try, and what it would cost, without doing it: units and choices, sizes, and an estimate of the time.
+
+    Raises:
+        UserError: bad input, or a size below the smallest plan.
+    """
+    import tempfile
+    import time
+
+    from trimtab.job import Job
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(Request(model, budget or Budget(), **options), Path(folder) / "run", False)
+        job.check_feasible()
+        units = job.units
+        smallest = job.fixed_bytes(units) + sum(min(job.bytes_of(u, c) for c in u.choices) for u in units)
+        start = time.perf_counter()
+        job.reference  # noqa: B018 - one whole pass over the search data, which a probe costs a part of
+        once = time.perf_counter() - start
+    probes = sum(len(u.choices) for u in units)
+    passes = 0.6 * probes + 4 * (len(job.menu["front"]) + 5)  # a probe starts at its block, half way through on average
+    size = job.request.budget.size
+    return {
+        **{"model": model, "task": job.task.name, "original_bytes": job.source.bytes, "smallest_bytes": smallest, "probes": probes},
+        **{"seconds": passes * once, "units": [{"name": u.name, "role": u.sites[0].role, "weights": u.weights, "choices": list(u.choices)} for u in units]},
+        "feasible": "no size is asked for" if size is None else "the original fits" if size >= job.source.bytes else "the size is feasible",
+    }

@@ -135,13 +135,12 @@ class Job:
         """Whether what the target loads allows a level at a site."""
         group = grouping(level)
         divides = not group or rows_cols(site.shape)[1] % group == 0
-        if self.request.target == "gguf":
-            from trimtab.formats.gguf import expressible
-        elif self.request.target == "compressed-tensors":
-            from trimtab.formats.compressed_tensors import expressible
-        else:
+        if self.request.target == "native":
             return divides or self.request.padding
-        return divides and expressible(self.request.target, level, site.shape)
+        from trimtab.formats.huggingface import expressible
+
+        quantised = site.kind in ("linear", "head") or self.request.target == "gguf"
+        return divides and quantised and expressible(self.request.target, level, site.shape)
 
     @cached_property
     def units(self) -> list[Unit]:

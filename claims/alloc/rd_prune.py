@@ -18,8 +18,8 @@ PEERS = ("uniform", "global")
 
 CLAIM = Claim(
     method="rd-prune",
-    statement="The distortions of single pruned layers add up to the joint one, and ratios from dynamic programming over "
-    "them beat uniform and global-magnitude ratios at equal sparsity.",
+    statement="The distortions of single pruned layers add up to the joint one, and ratios from dynamic programming "
+    "over them beat uniform and global-magnitude ratios at equal sparsity.",
     source="Xu et al. 2023, arXiv:2308.10438, abstract",
     figure="up to +1.0 % (ResNet-32), +0.5 % (VGG-16), +0.7 % (DenseNet-121) on CIFAR-10",
     setting="A plain network of six convolutions and one linear, trained here on 1,197 of scikit-learn's 8x8 digits; "

@@ -833,7 +833,12 @@ class Anatomy:
                     if node not in readers:
                         return False
                     continue
-                if node.op == "add" and self._terms(node) and any(v in doors for v in node.outputs):
+                outer = node  # an inner sum of a join whose terms were opened
+                while (
+                    outer.op == "add" and outer not in joins and len(after := self.readers_of.get(outer.out, [])) == 1
+                ):
+                    outer = after[0]
+                if outer in joins:
                     continue
                 if not all(v in doors or restates(node, v) or keeps_rows(node, v) for v in node.outputs):
                     if node.op == "unsqueeze" and self._expert_door(node):

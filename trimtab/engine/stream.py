@@ -256,7 +256,7 @@ class Stream:
 
 def own_sites(modelmap: Any) -> dict[str, Site]:
     """Sites by path, each storage once: of tied sites the first stands for all."""
-    later = {name.rpartition(".")[0] for group in modelmap.tied for name in group[1:]}
+    later = {name.removesuffix(".weight") for group in modelmap.tied for name in group[1:] if name.endswith(".weight")}
     return {s.path: s for s in modelmap.sites if s.path not in later}
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from trimtab.formats.packed import Packed
 
 BITS = (4, 8)
-GROUPS = (None, 32, 64, 128)  # what vLLM's kernels for this format take
+GROUPS = (None, 32, 64, 128)  # what vLLM's Marlin kernels take
 _TAKEN = (
     "4 or 8 bits with fp16 scales for a row or for groups of 32, 64 or 128 columns, like 4b/g128/sym, 4b/g64 or 8b/row"
 )

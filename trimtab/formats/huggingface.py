@@ -48,8 +48,10 @@ def expressible(target: str, level: Level, shape: Shape) -> bool:
         level: the level.
         shape: shape of the weight, `(out, in, ...)`.
 
-    >>> expressible("compressed-tensors", Int(4, 64), (128, 256)), expressible("gguf", Int(4, 48), (128, 96))
-    (True, False)
+    >>> expressible("compressed-tensors", Int(4, 64, symmetric=True), (128, 256))
+    True
+    >>> expressible("gguf", Int(4, 48), (128, 96))
+    False
     """
     if target == "hf":
         correction = level.extra if isinstance(level, Plus) else level

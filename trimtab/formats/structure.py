@@ -458,20 +458,24 @@ def _renumber(model: nn.Module, types: Mapping[nn.Module, Any]) -> None:
     positions at every decoded token.
     """
     left = _holders(model)
-    if any(getattr(m, "kv_shared_layer_index", None) is not None for m in left) and len(left) < len(types):
-        raise UserError("this model's attentions share each other's keys and values; dropping one is not supported")
+    if len(left) == len(types):
+        return
+    if not left or any(getattr(m, "kv_shared_layer_index", None) is not None for m in left):
+        raise UserError("an attention was to be dropped that others need: the last one, or one of those that share keys and values")
+    used = [types[m] for m in left]
+    layer_types = _layer_types(model)
+    # A sort that no attention is left of would keep its places empty; what the blocks there are called is free, as they attend to nothing.
+    if layer_types and (stale := set(layer_types) - set(used)):
+        layer_types = [used[0] if t in stale else t for t in layer_types]
+        model.config.get_text_config(decoder=True).layer_types = layer_types  # type: ignore[union-attr,operator]
     places: dict[Any, list[int]] = {}
-    for i, kind in enumerate(_layer_types(model)):
+    for i, kind in enumerate(layer_types or [None] * len(types)):
         places.setdefault(kind, []).append(i)
     moved: dict[Any, dict[int, int]] = {}
-    for module in left:
-        kind = types.get(module)
+    for module, kind in zip(left, used, strict=True):
         mapping = moved.setdefault(kind, {})
         old: int = module.layer_idx  # type: ignore[assignment]
-        if old not in mapping:
-            free = places.get(kind)
-            mapping[old] = free[len(mapping)] if free else len(mapping)
-        module.layer_idx = mapping[old]  # type: ignore[assignment]
+        module.layer_idx = mapping.setdefault(old, places[kind][len(mapping)])  # type: ignore[assignment]
 
 
 # ---- whether an edited model is still a plain one

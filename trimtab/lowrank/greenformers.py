@@ -18,15 +18,15 @@ from trimtab.parts.factors import truncated_svd
 class LRT(Solver):
     """Replace a weight by two thin ones, the truncated SVD of the trained weight.
 
-    W ~ E D with E = U_r S_r^(1/2) `[out, r]` and D = S_r^(1/2) V_r^T `[r, in]`, where W = U S V^T. (The thesis writes W as
-    `m x n`, its factors as `m x r` and `r x n`.)
+    W ~ E D with E = U_r S_r^(1/2) `[out, r]` and D = S_r^(1/2) V_r^T `[r, in]`, where W = U S V^T. (The thesis writes W
+    as `m x n`, its factors as `m x r` and `r x n`.)
 
     Fields: none; the rank is the level.
 
-    Reference: Cahyawijaya 2021, arXiv:2108.10808, chapter 3 (Low-Rank Transformer); the same factorisation in Winata et al. 2020,
-        arXiv:1910.13923.
-    Departures: the thesis trains the factors from a random start; here they start from the trained weight, as the `svd` solver of the
-        authors' library has it, so that no training is needed. Healing afterwards is a separate step.
+    Reference: Cahyawijaya 2021, arXiv:2108.10808, chapter 3 (Low-Rank Transformer); the same factorisation in Winata
+        et al. 2020, arXiv:1910.13923.
+    Departures: the thesis trains the factors from a random start; here they start from the trained weight, so that no
+        training is needed. Healing afterwards is a separate step.
 
     >>> weight = torch.outer(torch.arange(1.0, 5.0), torch.ones(6))
     >>> packed = LRT().solve(weight, Rank(1), rng=torch.Generator())
@@ -53,6 +53,8 @@ class LRT(Solver):
             UserError: the level asks for a bias, which needs data that this method does not look at.
         """
         if level.bias:
-            raise UserError(f"lrt was asked for {level}; it sees no data and has no mean to correct: ask for r{level.rank}, or use output-space")
+            raise UserError(
+                f"lrt was asked for {level}, but it sees no data and so no mean to correct: use r{level.rank} or output-space"
+            )
         left, right = truncated_svd(weight, level.rank, rng)
         return pack_rank(left, right, None, level, tuple(weight.shape))

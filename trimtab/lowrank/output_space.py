@@ -1,4 +1,4 @@
-"""The unified low-rank framework for click-through-rate models: factor a layer from its outputs, not from its weight."""
+"""The unified low-rank framework for click-through-rate models: factor a layer from its outputs, not its weight."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ class UnifiedLowRank(Solver):
     y = W x + b;  Cov(y) = W Cov(x) W^T = U S U^T;  y ~ U_k U_k^T (y - E y) + E y, that is
     W' = U_k (U_k^T W)  and  b' = b + (I - U_k U_k^T) W E[x].
 
-    With a level such as `r16/bias`, U_k are components of the covariance and the second term of b' is stored. Without the bias, the
-    components are those of the second moment E[y y^T] of y - b, which is then the best choice for the mean squared output error.
+    With a level such as `r16/bias`, U_k are components of the covariance and the second term of b' is stored. Without
+    the bias, the components are those of the second moment of y - b, then the best choice for the squared output error.
 
     Fields:
-        damp: share of the mean diagonal added to the inputs' moment; it orders directions that no sample has seen by the weight.
+        damp: share of the mean diagonal added to the inputs' moment; it orders directions that no sample has seen by
+            the weight.
 
-    Reference: Yu et al. 2024, arXiv:2405.18146, section 3 (atomic feature mimicking: Yu and Wu 2023, arXiv:2211.16694).
-    Departures: moments of the outputs are computed from those of the inputs, which is the same sum without a second pass. Embedding
-        tables have no inputs to collect moments of and are left to other methods. The paper fine-tunes afterwards; that is a step apart.
+    Reference: Yu et al. 2024, arXiv:2405.18146, section 3 (atomic feature mimicking: Yu and Wu, AAAI 2023).
+    Departures: moments of the outputs are computed from those of the inputs, which is the same sum without a second
+        pass. Embedding tables have no inputs to collect moments of and are left to other methods. The paper fine-tunes
+        afterwards; that is a step apart.
 
     >>> x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 9, 1, 1, 1, 1, 1, 1])
     >>> weight = torch.eye(8)
@@ -52,7 +54,7 @@ class UnifiedLowRank(Solver):
     )
 
     def solve(self, weight: Tensor, level: Rank, *, gram: Tensor, mean: Tensor) -> Packed:
-        """The factors of `weight [out, in]` at a rank, and the bias `[out]` that corrects the mean where the level stores one."""
+        """The factors of `weight [out, in]` at a rank, and the bias `[out]` where the level stores one."""
         moment = gram - torch.outer(mean, mean) if level.bias else gram
         basis = output_basis(weight, moment, min(level.rank, *weight.shape), self.damp)
         wide = weight.double()

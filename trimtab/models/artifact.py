@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from trimtab.core.errors import UserError
 from trimtab.core.journal import commit_folder, write_atomic, writing
 from trimtab.core.level import parse_level
-from trimtab.formats.packed import DTYPES, Packed, tensor_names
-from trimtab.models.source import SIDECARS, fill, skeleton_of
+from trimtab.formats.packed import Packed, tensor_names
+from trimtab.models.source import fill, skeleton_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -141,11 +141,12 @@ def dense_parameter(contents: Contents, name: str) -> Tensor:
     return weight.reshape(row["shape"])
 
 
-def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None) -> nn.Module:
+def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None, packed: bool = False) -> nn.Module:
     """The artifact's module with its weights, in eval mode, in fp32.
 
     Args:
         skeleton: for a model that came from a Python function: makes that module again; the artifact itself names no code to run.
+        packed: linears stay packed in memory and unpack for each use.
     """
     import torch
 
@@ -153,6 +154,8 @@ def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None) -
 
     model = skeleton() if skeleton else _skeleton(contents)
     replay(model, contents.manifest.get("edits", []))
+    if packed:
+        _stay_packed(model, contents)
     names = (*contents.packed, *contents.dense)
 
     def read(name: str) -> Tensor:
@@ -163,9 +166,29 @@ def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None) -
         shift = contents.packed[name]().bias() if "bias" in tensor_names(parse_level(contents.manifest["packed"][name]["level"])) else None
         if shift is not None:
             module = model.get_submodule(name.rpartition(".")[0])
+            if not hasattr(module, "weight"):
+                continue
             old = module._parameters.get("bias")
             module._parameters["bias"] = torch.nn.Parameter(shift if old is None else old + shift, requires_grad=False)
     return model.eval()
+
+
+def _stay_packed(model: nn.Module, contents: Contents) -> None:
+    """Replace linears whose weight is packed and not tied by linears that unpack."""
+    from torch import nn
+
+    from trimtab.engine.run import PackedLinear
+
+    counts: dict[int, int] = {}
+    for _, p in model.named_parameters(remove_duplicate=False):
+        counts[id(p)] = counts.get(id(p), 0) + 1
+    for name, reader in contents.packed.items():
+        path = name.removesuffix(".weight")
+        module = model.get_submodule(path)
+        if type(module) is nn.Linear and counts[id(module.weight)] == 1:
+            bias = contents.read(f"{path}.bias").float() if f"{path}.bias" in contents.dense else None
+            parent, _, key = path.rpartition(".")
+            setattr(model.get_submodule(parent), key, PackedLinear(reader(), bias))
 
 
 def _skeleton(contents: Contents) -> nn.Module:
@@ -183,14 +206,7 @@ def _skeleton(contents: Contents) -> nn.Module:
     return skeleton_of(config, str(contents.folder))
 
 
-def stored_dtype(name: str) -> Any:
-    """Torch's type of `bf16`, `fp16`, `fp32`."""
-    return DTYPES[name]
-
-
 def is_artifact(path: Path | str) -> bool:
     """Whether a folder is an artifact."""
     return (Path(path) / MANIFEST).is_file()
 
-
-__all__ = ["MANIFEST", "SIDECARS", "Contents", "build", "folder_bytes", "is_artifact", "open_artifact", "stored_dtype", "write_artifact"]

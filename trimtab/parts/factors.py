@@ -1,7 +1,7 @@
 """Low-rank factors of a weight: the truncated SVD, and the same with a second moment of the inputs as the metric.
 
-Every function takes and returns tensors; the decompositions run in double precision on the smaller of the two Gram matrices, so
-that a wide weight costs its short side only.
+Every function takes and returns tensors; the decompositions run in double precision on the smaller of the two Gram
+matrices, so that a wide weight costs its short side only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ OVERSAMPLE = 16
 def truncated_svd(matrix: Tensor, rank: int, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """The best approximation of a given rank in the Frobenius norm, as two factors of equal norms: W ~ L R.
 
-    W = U S V^T, L = U_k S_k^(1/2), R = S_k^(1/2) V_k^T. With `rng`, a matrix much larger than the rank is decomposed by a randomised
-    range finder with power iterations; without, always exactly.
+    W = U S V^T, L = U_k S_k^(1/2), R = S_k^(1/2) V_k^T. With `rng`, a matrix much larger than the rank is decomposed by
+    a randomised range finder with power iterations; without, always exactly.
 
     Args:
         matrix: W `[out, in]`.
@@ -50,35 +50,37 @@ def truncated_svd(matrix: Tensor, rank: int, rng: torch.Generator | None = None)
 
 
 def output_basis(weight: Tensor, moment: Tensor, rank: int, damp: float = 1e-6) -> Tensor:
-    """Orthonormal basis U_k of the directions in which the outputs y = W x vary most: U_k U_k^T W is the best rank-k weight for those inputs.
+    """Orthonormal basis U_k of the directions in which the outputs y = W x vary most.
 
-    U_k = the leading eigenvectors of W M W^T, where M is the inputs' second moment (or covariance). Where W is tall, the eigenvectors
-    come from the Gram matrix of W M^(1/2), which has the size of the inputs.
+    U_k = the leading eigenvectors of W M W^T, where M is the inputs' second moment (or covariance); U_k U_k^T W is the
+    best weight of rank k for those inputs. Where W is tall, the eigenvectors come from the Gram matrix of W M^(1/2),
+    which has the size of the inputs.
 
     Args:
         weight: W `[out, in]`.
         moment: M `[in, in]`, symmetric and positive semi-definite.
         rank: k, at most min(out, in).
-        damp: share of M's mean diagonal added to it, so that directions that no sample has seen are ordered by the weight.
+        damp: share of M's mean diagonal added to it: it orders directions that no sample has seen by the weight.
 
     Returns:
         U_k `[out, rank]` in double precision.
     """
     w, m = weight.double(), moment.double()
     m = (m + m.T) / 2
-    m = m + (damp * m.diagonal().mean()).clamp_min(torch.finfo(m.dtype).tiny) * torch.eye(len(m), dtype=m.dtype, device=m.device)
+    ridge = (damp * m.diagonal().mean()).clamp_min(torch.finfo(m.dtype).tiny)
+    m = m + ridge * torch.eye(len(m), dtype=m.dtype, device=m.device)
     rows, cols = w.shape
     assert rank <= min(rows, cols), "more directions than the outputs have"
     if rows <= cols:
         return top_eigenvectors(w @ m @ w.T, rank)
     values, vectors = torch.linalg.eigh(m)
     seen = w @ (vectors * values.clamp_min(0).sqrt())
-    # The quotient by the singular values loses orthogonality in the weak directions; QR restores it and keeps the leading spans.
+    # Dividing by the singular values would lose orthogonality in the weak directions; QR keeps it, and the leading spans.
     return torch.linalg.qr(seen @ top_eigenvectors(seen.T @ seen, rank)).Q
 
 
 def balanced(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Scale each component so that its column of `left` and its row of `right` have equal norms, and pad with zeros to `rank` components.
+    """Scale each component so that its column of `left` and its row of `right` have equal norms; pad with zeros to `rank`.
 
     Equal norms keep both factors far from the ends of the range of 16-bit floats.
     """
@@ -94,7 +96,7 @@ def balanced(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype = torch.
 
 
 def top_eigenvectors(moment: Tensor, rank: int) -> Tensor:
-    """The eigenvectors of the `rank` largest eigenvalues of a symmetric matrix, largest first, signs fixed: `[n, rank]`.
+    """The eigenvectors of the `rank` largest eigenvalues of a symmetric matrix, largest first: `[n, rank]`.
 
     The largest entry of each is positive, so that the result does not depend on how the library breaks the sign's tie.
     """
@@ -104,7 +106,7 @@ def top_eigenvectors(moment: Tensor, rank: int) -> Tensor:
 
 
 def _range(matrix: Tensor, width: int, rng: torch.Generator) -> Tensor:
-    """Orthonormal basis of the approximate range of a matrix; four power iterations, for weights' spectra decay slowly."""
+    """Orthonormal basis of the approximate range of a matrix; power iterations, for weights' spectra decay slowly."""
     test = torch.randn(matrix.shape[1], width, generator=rng, dtype=torch.float32).to(matrix)
     basis = torch.linalg.qr(matrix @ test).Q
     for _ in range(4):

@@ -1,7 +1,7 @@
-"""Folding a norm's scale, a mean or a rotation of the residual into the weights around it, without changing what the network computes.
+"""Folding a norm's scale, a mean or a rotation of the residual into the weights around it, the function kept.
 
-Shapes are those of `[out, in]` weights; a reader is a weight whose input is the norm's output, a writer one whose output is added to
-the residual.
+Shapes are those of `[out, in]` weights; a reader is a weight whose input is the norm's output, a writer one whose output
+is added to the residual.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def centred(weight: Tensor, dim: int) -> Tensor:
 def normalised_moment(gram: Tensor, mean: Tensor | None, scale: Tensor, shift: Tensor | None) -> Tensor:
     """Second moment of a norm's output before its scale and shift, from the second moment of what its readers see.
 
-    y = g * z + s, so E[z z^T] = diag(g)^-1 (E[y y^T] - s E[y]^T - E[y] s^T + s s^T) diag(g)^-1. Where g is zero nothing of z can be seen,
-    and its moment is taken as zero.
+    y = g * z + s, so E[z z^T] = diag(g)^-1 (E[y y^T] - s E[y]^T - E[y] s^T + s s^T) diag(g)^-1. Where g is zero nothing
+    of z can be seen, and its moment is taken as zero.
 
     Args:
         gram: E[y y^T] `[width, width]`.
@@ -76,7 +76,9 @@ def principal_axes(moment: Tensor, damp: float = 0.01) -> Tensor:
 
 
 def least_squares_refit(weight: Tensor, gram: Tensor, keep: Tensor, damp: float = 0.01) -> Tensor:
-    """The weight of the kept inputs that best gives the old outputs: argmin over V of E |W x - V x_keep|^2 = W G[:, keep] G[keep, keep]^-1.
+    """The weight of the kept inputs that best gives the old outputs: V = W G[:, keep] G[keep, keep]^-1.
+
+    V is the argmin of E |W x - V x_keep|^2.
 
     Args:
         weight: W `[out, in]`.
@@ -91,8 +93,9 @@ def least_squares_refit(weight: Tensor, gram: Tensor, keep: Tensor, damp: float 
     """
     g, w = gram.double(), weight.double()
     inside = g[keep][:, keep]
-    ridge = damp * inside.diagonal().mean().clamp_min(torch.finfo(g.dtype).tiny)
+    energy = inside.diagonal().mean()
     # The ridge is centred on the old columns, so that with nothing to learn from they stay as they are.
+    ridge = damp * energy if energy > 0 else torch.ones_like(energy)
     target = w @ g[:, keep] + ridge * w[:, keep]
     inside = inside + ridge * torch.eye(len(keep), dtype=g.dtype)
     return torch.linalg.solve(inside, target.T).T.to(weight.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trimtab.core.errors import UserError
@@ -21,15 +20,16 @@ TARGETS = ("attention", "mlp", "block", "joint")
 class LLMDrop(Rewriter):
     """Drop the sublayers whose input and output are most alike.
 
-    For a sublayer y = x + f(norm(x)), residual included, the importance is S = 1 - mean over tokens of cos(x, y); the sublayers with
-    the smallest S go, all at once, their norms with them. A dropped attention layer needs no key-value cache.
+    For a sublayer y = x + f(norm(x)), residual included, the importance is S = 1 - mean over tokens of cos(x, y); the
+    sublayers with the smallest S go, all at once, their norms with them. A dropped attention needs no key-value cache.
 
     Fields:
-        target: what may be dropped: `attention` (the paper's Attention Drop), `mlp`, `block`, or `joint` (attention layers and
-            MLPs ranked in one list: Joint Layer Drop).
+        target: what may be dropped: `attention` (the paper's Attention Drop), `mlp`, `block`, or `joint` (attention
+            layers and MLPs ranked in one list: Joint Layer Drop).
 
     Reference: He et al. 2024, arXiv:2406.15786, sections 3.1-3.4, equations 1-5.
-    Departures: none; the choice is a function of its own, so that an allocator may choose otherwise and use the same rewrite.
+    Departures: none; the choice is a function of its own, so that an allocator may choose otherwise and use the same
+        rewrite.
 
     >>> LLMDrop().importance({"a": torch.tensor(0.99), "b": torch.tensor(0.5)})
     {'a': 0.01, 'b': 0.5}
@@ -41,7 +41,7 @@ class LLMDrop(Rewriter):
         "llm-drop",
         catalogue=(194,),
         paper="arXiv:2406.15786",
-        claim="At equal sublayers removed, dropping attention by similarity costs less than dropping MLPs, blocks or random sublayers.",
+        claim="At equal sublayers removed, attention by similarity costs less than MLPs, blocks or random ones.",
         requires=frozenset({"float"}),
         leaves=frozenset({"float", "dropped"}),
         keeps=frozenset({"deterministic"}),
@@ -72,7 +72,9 @@ class LLMDrop(Rewriter):
             paths = tuple(sublayer_path(modelmap, s) for s in modelmap.sublayers if s.kind in kinds)
         scores = self.importance({p: cosine[p] for p in paths if p in cosine})
         if not 0 <= count <= len(scores):
-            raise UserError(f"llm-drop: {count} of target {self.target!r} were to be dropped, the model has {len(scores)}")
+            raise UserError(
+                f"llm-drop: {count} of target {self.target!r} were to be dropped, the model has {len(scores)}"
+            )
         return tuple(sorted(scores, key=lambda p: scores[p])[:count])
 
     def rewrite(self, scene: Scene) -> None:
@@ -81,15 +83,20 @@ class LLMDrop(Rewriter):
 
 
 def drop_named(scene: Scene) -> None:
-    """Drop what the levels name with `drop`: sublayers give way to zeros, whole blocks (all of whose sublayers are named) leave the model.
+    """Drop what the levels name with `drop`: sublayers give way to zeros, and whole blocks leave the model.
+
+    A block is whole where it is named itself, or all its sublayers are.
 
     Raises:
         UserError: a path that is no sublayer or block, a level other than `drop` or `keep`, or nothing left of the model.
     """
+    modelmap, named = scene.modelmap, set()
     for path, level in scene.levels.items():
         if not isinstance(level, Depth):
-            raise UserError(f"{path} was to be taken to {level}; sublayers and blocks are dropped (`drop`) or kept (`keep`)")
-    modelmap, named = scene.modelmap, {p for p, level in scene.levels.items() if not level.keep}
+            raise UserError(
+                f"{path} was to be taken to {level}; a sublayer or block is dropped (`drop`) or kept (`keep`)"
+            )
+        named |= set() if level.keep else {path}
     whole = []
     for index, block in enumerate(modelmap.blocks):
         inside = {sublayer_path(modelmap, s) for s in modelmap.sublayers if s.block == index}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -31,8 +30,8 @@ class MRGPTQ(Solver):
         damp: share of the mean diagonal of H that is added to it (paper's code: 0.01).
         rule: `mse` fits the scales (paper); `minmax` puts each block's largest weight on the largest magnitude.
         rounds: turns of s_G and s_T, at most.
-        order: `activation` (paper) or None for columns from left to right. With `minmax`, None and a level without
-            `/h`, this is plain GPTQ on the format.
+        reorder: the columns of the largest inputs first (paper), else from left to right. Without it, with `minmax` and
+            at a level without `/h`, this is plain GPTQ on the format.
 
     Reference: Egiazarian et al. 2025, arXiv:2509.23202, section 4 (the three ingredients) and appendix D (integers).
     Departures: for power-of-two scales the paper's code multiplies every scale by 4/3, which the OCP format cannot
@@ -50,7 +49,7 @@ class MRGPTQ(Solver):
     damp: float = 0.01
     rule: Rule = "mse"
     rounds: int = 4
-    order: Literal["activation"] | None = "activation"
+    reorder: bool = True
 
     card = Card(
         "mr-gptq",
@@ -68,12 +67,10 @@ class MRGPTQ(Solver):
         """The weight `[out, in]` at an integer or minifloat level, given the gram `[in, in]` of its inputs.
 
         Raises:
-            UserError: the level is neither, a field has an unknown value, or the gram is not finite.
+            UserError: the level is neither, or the gram is not finite.
         """
         if not isinstance(level, Int | Float):
             raise UserError(f"mr-gptq was asked for {level}; it takes integers and minifloats, like mxfp4/h or nvfp4")
-        if self.order not in (None, "activation"):
-            raise UserError(f"mr-gptq was given order={self.order!r}; it is None or 'activation'")
         weight, gram = rotate(weight.float(), level), rotate_gram(gram.float(), level)
         grid = grid_for(weight, level, rule=self.rule)
         if self.rule == "mse":
@@ -83,7 +80,7 @@ class MRGPTQ(Solver):
             gram,
             lambda columns, j, u: grid.round(columns, j)[1],
             damp=self.damp,
-            order=self.order,
+            order="activation" if self.reorder else None,
         )
         return grid.pack(grid.round(values)[0], tuple(weight.shape))
 

@@ -252,8 +252,8 @@ class Work:
             documents = stdlib_documents("train")
             tokenizer = train_tokenizer(documents)
             tokenizer.save_pretrained(self.folder / "tokenizer")
-            stream = [token for d in documents for token in tokenize_bytes(tokenizer, d.text)[0]]
-            numpy.save(cached, numpy.array(stream, dtype=numpy.uint16))
+            tokens = [token for d in documents for token in tokenize_bytes(tokenizer, d.text)[0]]
+            numpy.save(cached, numpy.array(tokens, dtype=numpy.uint16))
         stream = torch.from_numpy(numpy.load(cached).astype(numpy.int32))
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer"), stream
 
@@ -276,8 +276,9 @@ class Work:
         """Restore the last committed checkpoint into the model and the optimisers."""
         progress = json.loads((self.folder / "progress.json").read_text())
         tensors = load_file(self.folder / progress.pop("tensors"))
-        model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")},
-                              strict=False)  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors[f"model/{name}"])
         for i, optim in enumerate(optims):
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
@@ -306,7 +307,7 @@ def train(work: Work, recipe: Recipe, minutes: float, guard: float, resume: bool
     tokenizer, stream = work.prepare()
     model = build(recipe)
     optims = optimizers(model, recipe)
-    fresh = {"step": 0, "steps": None, "seconds": 0.0, "tokens": 0}
+    fresh: dict[str, Any] = {"step": 0, "steps": None, "seconds": 0.0, "tokens": 0}
     progress = work.load(model, optims) if resume else fresh
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(stream):,} training tokens", flush=True)
     began = time.monotonic() - progress["seconds"]

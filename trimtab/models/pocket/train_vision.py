@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ from torch.nn import functional
 from trimtab.models.pocket.cnn import PocketCNN, PocketCNNConfig
 from trimtab.tasks.digits import BLACK, digits
 
+if TYPE_CHECKING:
+    from transformers import ViTForImageClassification
+
+Model: TypeAlias = "PocketCNN | ViTForImageClassification"
 HERE = Path(__file__).parent
 LOG_LINES = 300
 TARGET = 0.97
@@ -64,7 +68,7 @@ class Recipe:
 RECIPES = {"cnn": Recipe(epochs=40, rate=3e-3), "vit": Recipe(epochs=150, rate=1.5e-3, batch=32, teacher="cnn")}
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> Model:
     """Make an untrained model: `cnn` or `vit`."""
     if name == "cnn":
         return PocketCNN(PocketCNNConfig())
@@ -77,7 +81,7 @@ def build(name: str) -> nn.Module:
     ))  # fmt: skip
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: Model, images: Tensor) -> Tensor:
     """Run either kind of model."""
     return model(images) if isinstance(model, PocketCNN) else model(pixel_values=images).logits
 
@@ -99,7 +103,7 @@ def augment(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
     return functional.grid_sample(images - BLACK, grid, align_corners=False) + BLACK
 
 
-def correct(model: nn.Module, split: str) -> tuple[int, int]:
+def correct(model: Model, split: str) -> tuple[int, int]:
     """Count the images of a split that the model names rightly, and all of them."""
     images, labels = digits(split)
     model.eval()
@@ -108,7 +112,7 @@ def correct(model: nn.Module, split: str) -> tuple[int, int]:
     return right, len(labels)
 
 
-def train(name: str, recipe: Recipe, teacher: nn.Module | None) -> tuple[nn.Module, list[dict[str, Any]]]:
+def train(name: str, recipe: Recipe, teacher: Model | None) -> tuple[Model, list[dict[str, Any]]]:
     """Train one model; return it with one log row an epoch."""
     torch.manual_seed(recipe.seed)
     rng = torch.Generator().manual_seed(recipe.seed)
@@ -144,7 +148,8 @@ def train(name: str, recipe: Recipe, teacher: nn.Module | None) -> tuple[nn.Modu
         right, count = correct(model, "search")
         rows.append({"epoch": epoch + 1, "loss": round(total, 4), "search_accuracy": round(right / count, 4),
                      "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
-    return model.eval(), rows
+    model.eval()
+    return model, rows
 
 
 def ship(name: str, recipe: Recipe, out: Path) -> float:
@@ -174,7 +179,7 @@ def ship(name: str, recipe: Recipe, out: Path) -> float:
     return result["test"]["accuracy"]
 
 
-def load(name: str, folder: Path) -> nn.Module:
+def load(name: str, folder: Path) -> Model:
     """Load a saved model in evaluation mode."""
     if name == "cnn":
         return PocketCNN.from_pretrained(folder)
