@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
 SIZE ?= 2.2MB
-RUN ?= runs/pocket
+MODEL ?= pocket
 
 # The tokenisers warn when a process forks after they used threads; ours are not worth the warning.
 export TOKENIZERS_PARALLELISM := false
@@ -39,8 +39,8 @@ $(BROWSER): $(READY)
 	else echo "no chromium and no way to install one: the browser tests will be skipped"; fi
 	@touch $@
 
-fit: $(READY) ## compress the shipped pocket model into SIZE and print the evidence
-	$(BIN)/trimtab fit pocket --size $(SIZE) --out $(RUN)
+fit: $(READY) ## compress MODEL (the shipped pocket) into SIZE and print the evidence
+	$(BIN)/trimtab fit $(MODEL) --size $(SIZE)
 
 test: lint types unit ## what continuous integration runs
 

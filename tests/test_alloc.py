@@ -22,7 +22,7 @@ from trimtab.core.errors import BudgetError, UserError
 from trimtab.core.table import Row
 from trimtab.parts.budgeting import enclosing, exact, hull, human, ladder, lowered, open_menu
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=30, deadline=None)
 SMALL_SEARCH = EvoPress(generations=4, offspring=6, survivors=(3, 1), samples=(16, 64))
 
 

@@ -106,7 +106,9 @@ def test_output_space_is_pca_of_the_outputs(shape: tuple[int, int]) -> None:
     pca = decomposition.PCA(rank, svd_solver="full").fit(y)
     want = torch.from_numpy(pca.inverse_transform(pca.transform(y)))
     basis = output_basis(weight, gram - torch.outer(mean, mean), rank, damp=0.0)
-    torch.testing.assert_close(basis @ basis.T, torch.from_numpy(pca.components_.T @ pca.components_), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        basis @ basis.T, torch.from_numpy(pca.components_.T @ pca.components_), atol=2e-3, rtol=1e-3
+    )
     packed = UnifiedLowRank(damp=0.0).solve(weight, Rank(rank, True), gram=gram, mean=mean)
     found = x @ packed.dense().T + packed.bias()
     torch.testing.assert_close(found.double(), want, atol=2e-2 * want.abs().max().item(), rtol=0)

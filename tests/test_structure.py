@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +18,15 @@ from trimtab.core.errors import UserError
 from trimtab.core.level import Depth, Width
 from trimtab.core.method import Scene
 from trimtab.core.modelmap import ModelMap, trace
-from trimtab.formats.structure import Dropped, Factored, plain_config_changes, replay, returned, sublayer_path, weight_of
+from trimtab.formats.structure import (
+    Dropped,
+    Factored,
+    plain_config_changes,
+    replay,
+    returned,
+    sublayer_path,
+    weight_of,
+)
 from trimtab.parts.folding import least_squares_refit, normalised_moment
 from trimtab.prune.channels import ChannelEnergy, ChannelNorm
 from trimtab.prune.llm_drop import LLMDrop
@@ -59,7 +68,13 @@ def phi() -> nn.Module:
 
 def vit() -> nn.Module:
     config = transformers.ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8, num_labels=5
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        num_labels=5,
     )
     return transformers.ViTForImageClassification(config)
 
@@ -67,8 +82,8 @@ def vit() -> nn.Module:
 def mixed() -> nn.Module:
     """Layers of two sorts, whose caches differ."""
     config = transformers.Qwen3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=64, use_sliding_window=True, sliding_window=4, max_window_layers=0,
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, use_sliding_window=True, sliding_window=4, max_window_layers=0,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     )  # fmt: skip
     return transformers.Qwen3ForCausalLM(config)
@@ -90,7 +105,11 @@ class ResNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.depthwise, self.norm = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.BatchNorm2d(8)
+        self.stem, self.depthwise, self.norm = (
+            nn.Conv2d(3, 8, 3, 1, 1),
+            nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+            nn.BatchNorm2d(8),
+        )
         self.blocks = nn.Sequential(Residual(8, 8, 1), Residual(8, 16, 2))
         self.head = nn.Linear(64, 10)
 
@@ -130,7 +149,9 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def moments(model: nn.Module, modelmap: ModelMap, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def moments(
+    model: nn.Module, modelmap: ModelMap, batch: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Second moment and mean of every site's input, an own implementation."""
     seen: dict[str, Tensor] = {}
     handles = []
@@ -141,7 +162,9 @@ def moments(model: nn.Module, modelmap: ModelMap, batch: dict[str, Tensor]) -> t
         def hook(module: Any, args: tuple, path: str = site.path) -> None:
             x = args[0]
             if isinstance(module, nn.Conv2d):
-                x = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
+                x = nn.functional.unfold(
+                    x, module.kernel_size, module.dilation, module.padding, module.stride
+                ).transpose(1, 2)
             seen[path] = x.reshape(-1, x.shape[-1])
 
         handles.append(model.get_submodule(site.path).register_forward_pre_hook(hook))
@@ -166,7 +189,9 @@ def rebuilt(make: Callable[[], nn.Module], model: nn.Module, edits: list[dict[st
     return skeleton
 
 
-def rewritten(method: Any, model: nn.Module, levels: dict[str, Any], batch: dict[str, Tensor]) -> tuple[nn.Module, Scene]:
+def rewritten(
+    method: Any, model: nn.Module, levels: dict[str, Any], batch: dict[str, Tensor]
+) -> tuple[nn.Module, Scene]:
     model = copy.deepcopy(model)
     modelmap = trace(model, batch)
     scene = Scene(model, modelmap, tuple(range(len(modelmap.blocks))), levels)
@@ -187,7 +212,11 @@ def test_rotation_alone_keeps_the_outputs(name: str, shared: bool) -> None:
     turned, scene = rewritten(SliceGPT(shared=shared), model, {"embed": Width(1.0)}, batch)
     before, after = run(model, batch), run(turned, batch)
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
-    changed = [n for n, p in turned.named_parameters() if p.dim() == 2 and not torch.equal(p, dict(model.named_parameters()).get(n, p))]
+    changed = [
+        n
+        for n, p in turned.named_parameters()
+        if p.dim() == 2 and not torch.equal(p, dict(model.named_parameters()).get(n, p))
+    ]
     assert len(changed) >= 6, "the rotation must have reached the weights"
     assert any("shortcut" in n for n, _ in turned.named_parameters()) is not shared
     assert torch.equal(run(rebuilt(TRANSFORMERS[name], turned, scene.edits), batch), after)
@@ -277,7 +306,9 @@ def test_shared_slicing_of_rms_model_is_a_plain_folder(tmp_path: Any) -> None:
 def test_slicegpt_refuses_what_cannot_be_turned() -> None:
     batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
     bert = transformers.BertForMaskedLM(
-        transformers.BertConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        transformers.BertConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        )
     ).eval()
     with pytest.raises(UserError, match="norm"):
         rewritten(SliceGPT(), bert, {"embed": Width(0.5)}, batch)
@@ -290,7 +321,9 @@ def test_slicegpt_refuses_what_cannot_be_turned() -> None:
 
 def test_parallel_branches_with_two_norms_are_noticed() -> None:
     """Where the order of calls does not tell, the first run does, and one shared rotation still works."""
-    config = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     model = filled(lambda: transformers.GPTNeoXForCausalLM(config))
     batch = inputs(model)
     turned, _ = rewritten(SliceGPT(), model, {"embed": Width(1.0)}, batch)
@@ -406,7 +439,7 @@ def test_drop_after_slicing_keeps_the_shortcuts() -> None:
     model = filled(llama)
     batch = inputs(model)
     want, _ = rewritten(LLMDrop(), model, {"model.layers.1.self_attn": Depth(0)}, batch)
-    turned, scene = rewritten(SliceGPT(), model, {"embed": Width(1.0)}, batch)
+    turned, _ = rewritten(SliceGPT(), model, {"embed": Width(1.0)}, batch)
     replay(turned, [{"op": "drop", "path": "model.layers.1.self_attn", "returns": 2}])
     assert (run(turned, batch) - run(want, batch)).abs().max() < 1e-4 * run(want, batch).abs().max()
     with pytest.raises(UserError, match="before slicing"):
@@ -418,7 +451,10 @@ def test_ranking() -> None:
     modelmap = trace(model, inputs(model))
     cosine = {}
     for i in range(3):
-        cosine |= {f"model.layers.{i}.self_attn": torch.tensor(0.9 + 0.03 * i), f"model.layers.{i}.mlp": torch.tensor(0.95 - 0.2 * i)}
+        cosine |= {
+            f"model.layers.{i}.self_attn": torch.tensor(0.9 + 0.03 * i),
+            f"model.layers.{i}.mlp": torch.tensor(0.95 - 0.2 * i),
+        }
         cosine[f"model.layers.{i}"] = torch.tensor([0.5, 0.8, 0.6][i])
     assert LLMDrop().choose(modelmap, 2, cosine) == ("model.layers.2.self_attn", "model.layers.1.self_attn")
     assert LLMDrop(target="mlp").choose(modelmap, 1, cosine) == ("model.layers.0.mlp",)
@@ -436,7 +472,7 @@ def test_balanced_spacing(blocks: int, speedup: float) -> None:
     kept = UnifiedLayerSkipping(speedup=speedup).kept(blocks)
     assert len(set(kept)) == len(kept) == max(1, int(blocks / speedup))
     assert kept[0] == 0 and (len(kept) == 1 or kept[-1] == blocks - 1)
-    gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(kept)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -461,7 +497,11 @@ def test_returned_reads_the_source() -> None:
 
 def zero_units(model: nn.Module, modelmap: ModelMap, path: str, units: list[int]) -> None:
     """Zero some channels in everything that makes or scales them."""
-    group = next(g for g in modelmap.coupled if g.kind == "channels" and any(m.path == path and m.side == "out" for m in g.members))
+    group = next(
+        g
+        for g in modelmap.coupled
+        if g.kind == "channels" and any(m.path == path and m.side == "out" for m in g.members)
+    )
     with torch.no_grad():
         for m in group.members:
             module, index = model.get_submodule(m.path), group.indices(m, units)
@@ -498,7 +538,9 @@ def test_everything_that_shares_channels_is_cut_together() -> None:
     batch = inputs(model)
     levels = {s.path: Width(0.5) for s in trace(model, batch).sites if s.kind == "conv" and s.groups == 1}
     cut, _ = rewritten(ChannelNorm(), model, levels, batch)
-    assert [len(cut.get_submodule(p).weight) for p in ("stem", "depthwise", "norm", "blocks.0.conv2", "blocks.1.shortcut")] == [4, 4, 4, 4, 8]
+    assert [
+        len(cut.get_submodule(p).weight) for p in ("stem", "depthwise", "norm", "blocks.0.conv2", "blocks.1.shortcut")
+    ] == [4, 4, 4, 4, 8]
     assert cut.depthwise.groups == 4 and cut.head.in_features == 32
     assert run(cut, batch).shape == (6, 10)
     assert len(trace(cut, batch).coupled) == 4

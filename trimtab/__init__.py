@@ -1,8 +1,8 @@
 """Trimtab: a model and a budget in; the best model that fits out, with measured evidence.
 
-    import trimtab
-    result = trimtab.fit("pocket", budget=trimtab.Budget.of(size="2.5MB"))
-    result.best, result.front, result.report()
+import trimtab
+result = trimtab.fit("pocket", budget=trimtab.Budget.of(size="2.5MB"))
+result.best, result.front, result.report()
 """
 
 from __future__ import annotations

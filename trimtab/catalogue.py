@@ -27,14 +27,22 @@ def rows(family: str | None = None) -> list[dict[str, Any]]:
         UserError: no such family.
     """
     if family is not None and family not in FAMILIES:
-        raise UserError(f"unknown family {family!r}{did_you_mean(family, FAMILIES)}; the families are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"unknown family {family!r}{did_you_mean(family, FAMILIES)}; the families are {', '.join(FAMILIES)}"
+        )
     return [_row(cls) for cls in discover().values() if family in (None, cls.family())]
 
 
 def _row(cls: type[Method]) -> dict[str, Any]:
     card, newest = cls.card, newest_record(cls)
     return {
-        **{"name": card.name, "family": cls.family(), "catalogue": list(card.catalogue), "paper": card.paper, "verb": cls.verb},
+        **{
+            "name": card.name,
+            "family": cls.family(),
+            "catalogue": list(card.catalogue),
+            "paper": card.paper,
+            "verb": cls.verb,
+        },
         **{"requires": sorted(card.requires), "leaves": sorted(card.leaves), "keeps": sorted(card.keeps)},
         **{"verdict": newest["verdict"] if newest else "none", "record": _say(record_path(cls)) if newest else None},
     }
@@ -75,8 +83,18 @@ def about(name: str) -> dict[str, Any]:
     fields = [{"name": f.name, "default": f.default} for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     return {
         **_row(cls),
-        **{"doc": inspect.getdoc(cls) or "", "fields": fields, "statistics": list(cls.needs()), "levels": list(card.levels), "kinds": sorted(card.kinds)},
-        **{"claim": card.claim, "file": _say(Path(inspect.getfile(cls)).resolve()), "checks": newest["checks"] if newest else []},
+        **{
+            "doc": inspect.getdoc(cls) or "",
+            "fields": fields,
+            "statistics": list(cls.needs()),
+            "levels": list(card.levels),
+            "kinds": sorted(card.kinds),
+        },
+        **{
+            "claim": card.claim,
+            "file": _say(Path(inspect.getfile(cls)).resolve()),
+            "checks": newest["checks"] if newest else [],
+        },
     }
 
 
@@ -112,7 +130,9 @@ def data_folder() -> Path | None:
     return path if path.is_dir() else None
 
 
-def run_claim(name: str, progress: Callable[[str, int, int], None] | None = None, append: bool = True) -> dict[str, Any]:
+def run_claim(
+    name: str, progress: Callable[[str, int, int], None] | None = None, append: bool = True
+) -> dict[str, Any]:
     """Measure a method's claim over its seeds, and append the row to its record.
 
     Raises:
@@ -125,15 +145,32 @@ def run_claim(name: str, progress: Callable[[str, int, int], None] | None = None
     cls = found(name)
     path = claim_files().get(name)
     if path is None:
-        raise UserError(f"{name} has no claim here; claims lie in the folder claims/ of a clone, for {', '.join(claimed()) or 'no method'}")
+        raise UserError(
+            f"{name} has no claim here; claims lie in the folder claims/ of a clone, for "
+            f"{', '.join(claimed()) or 'no method'}"
+        )
     module = _module(path)
     claim = module.CLAIM
     data = data_folder()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    facts: dict[str, Any] = {"catalogue": list(cls.card.catalogue), "paper": cls.card.paper, "machine": machine(), "versions": versions(), "date": now}
+    facts: dict[str, Any] = {
+        "catalogue": list(cls.card.catalogue),
+        "paper": cls.card.paper,
+        "machine": machine(),
+        "versions": versions(),
+        "date": now,
+    }
     missing = [need for need in claim.needs if need == "data" and data is None]
     if missing:
-        row = {**_said(claim), "seeds": list(claim.seeds), "values": [], "checks": [], "verdict": NOT_RUN, "reason": f"needs {missing[0]}", **facts}
+        row = {
+            **_said(claim),
+            "seeds": list(claim.seeds),
+            "values": [],
+            "checks": [],
+            "verdict": NOT_RUN,
+            "reason": f"needs {missing[0]}",
+            **facts,
+        }
     else:
         start, values, lab = time.perf_counter(), [], Lab(data)
         for i, seed in enumerate(claim.seeds):

@@ -1,14 +1,13 @@
 """Write the documentation's pages of methods from what is there already: cards, signatures, docstrings and records.
 
-    python -m trimtab.docs [OUT] [RECORDS]        by default docs/methods and records
+    python -m trimtab.docs [OUT]        by default docs/methods
 
-A verdict on a page is the newest row of the method's record; nothing of it is written by hand.
+A verdict on a page is that of the newest row of the method's record; nothing of it is written by hand.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from trimtab import catalogue
+from trimtab.catalogue import newest_record, record_path
 from trimtab.core.method import FAMILIES, Method, discover
 
 NONE = "none"
@@ -27,29 +28,17 @@ _SPECIAL = re.compile(r"(`[^`]*`)|([\\*_\[\]<>|#])")
 
 def main(arguments: Iterable[str] = ()) -> int:
     """Write all pages anew; returns how many."""
-    given = [Path(a) for a in arguments]
-    out, records = [*given, *(Path("docs/methods"), Path("records"))[len(given) :]]
+    out = Path(next(iter(arguments), "docs/methods"))
     for stale in out.glob("*/*.md"):
         stale.unlink()
-    newest = read_records(records)
     found = discover()
+    newest = {name: row for name, cls in found.items() if (row := newest_record(cls))}
     for name, cls in found.items():
         path = out / cls.family() / f"{name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(method_page(cls, newest.get(name)), encoding="utf-8")
     (out / "index.md").write_text(index_page(found, newest), encoding="utf-8")
     return len(found) + 1
-
-
-def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """The newest row of each method; rows are appended, so the newest is the last one."""
-    rows = {}
-    for file in sorted(folder.rglob("*.jsonl")):
-        for line in file.read_text("utf-8").splitlines():
-            if line.strip():
-                row = json.loads(line)
-                rows[row["method"]] = row | {"file": file.relative_to(folder.parent).as_posix()}
-    return rows
 
 
 def plain(text: object) -> str:
@@ -118,7 +107,14 @@ def method_page(cls: type[Method], row: Mapping[str, Any] | None) -> str:
         facts.append(("defaults", _codes(f"{name}={value!r}" for name, value in defaults)))
     lines = [f"# {cls.__name__}", "", f"In plans: `{card.name}`.", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts]
-    lines += ["", *prose(inspect.getdoc(cls) or ""), "", "## Evidence", "", *evidence(row)]
+    lines += [
+        "",
+        *prose(inspect.getdoc(cls) or ""),
+        "",
+        "## Evidence",
+        "",
+        *evidence(row, record_path(cls).relative_to(catalogue.ROOT).as_posix()),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -149,11 +145,13 @@ def prose(text: str) -> list[str]:
     return [*lines, "```"] if code else lines
 
 
-def evidence(row: Mapping[str, Any] | None) -> list[str]:
+def evidence(row: Mapping[str, Any] | None, file: str) -> list[str]:
     """The newest row of the record: claim, setting, computed checks, machine."""
     if row is None:
         return ["No run of its claim is recorded."]
-    lines = [f"Verdict: **{plain(row['verdict'])}**, from `{row['file']}`.", ""]
+    lines = [f"Verdict: **{plain(row['verdict'])}**, from `{file}`.", ""]
+    if row.get("reason"):
+        lines += [f"Why: {plain(row['reason'])}.", ""]
     said = (("Statement", "statement"), ("Source", "source"), ("The paper's figure", "figure"), ("Setting", "setting"))
     lines += [f"- {name}: {plain(row[key])}" for name, key in (*said, ("Metric", "metric")) if row.get(key)]
     if checks := row.get("checks"):

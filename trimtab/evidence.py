@@ -1,6 +1,8 @@
-"""What a fit measures and hands over: candidates tried, the chosen one checked in a fresh process, and the verdict with intervals.
+"""What a fit measures and hands over: candidates tried, the chosen one checked in a fresh process, and the verdict
+with intervals.
 
-The search reads the `search` split alone. `test` is read once for the original, the chosen plan and the best uniform plan, on the same items,
+The search reads the `search` split alone. `test` is read once for the original, the chosen plan and the best uniform
+plan, on the same items,
 so that intervals are paired.
 """
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 TIGHTENINGS = 4
 GATE = 1e-3  # largest difference, as a share of the largest logit, between the fresh process and the model in memory
 GATE_ITEMS, GATE_TOKENS = 2, 24
+BISECTIONS = 9
 
 
 def machine() -> dict[str, Any]:
@@ -42,9 +45,17 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
     if info.exists():
-        cpu = next((x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+        cpu = next(
+            (x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu
+        )
     kb = int(memory.read_text().split()[1]) if memory.exists() else 0
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_bytes": kb * 1024, "system": platform.system()}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": kb * 1024,
+        "system": platform.system(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -54,7 +65,12 @@ def versions() -> dict[str, str]:
 
     from trimtab import __version__
 
-    return {"trimtab": __version__, "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "trimtab": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def scores_to_json(scores: Scores) -> dict[str, list[float]]:
@@ -98,10 +114,16 @@ class Evidence:
     def scores(self, name: str, split: str, stream: Callable[[], Any]) -> Scores:
         """Scores of a model on a split, committed."""
         step = f"scores/{name}/{split}"
-        return scores_from_json(self.journal.step(step, lambda: scores_to_json(self.job.timed("measuring", lambda: self.job.scores(stream(), split)))))
+        return scores_from_json(
+            self.journal.step(
+                step, lambda: scores_to_json(self.job.timed("measuring", lambda: self.job.scores(stream(), split)))
+            )
+        )
 
     def point(self, name: str, bytes_: int, ours: Scores, original: Scores, split: str, **more: Any) -> dict[str, Any]:
-        """A point of the front or the verdict: bytes, the metric with its interval, and the share kept of the original's."""
+        """A point of the front or the verdict: bytes, the metric with its interval, and the share kept of the
+        original's.
+        """
         from trimtab.tasks.base import bootstrap
 
         task, amounts = self.job.task, self.job.batch(split).amounts
@@ -109,7 +131,13 @@ class Evidence:
         (low, high), _, (d_low, d_high) = bootstrap(task, ours, original, amounts)
         return {
             **{"name": name, "bytes": bytes_, "metric": task.metric, "value": value, "low": low, "high": high},
-            **{"retained": task.retained(value, base), "difference": [d_low, d_high], "split": split, "damage": ours.damage(), **more},
+            **{
+                "retained": task.retained(value, base),
+                "difference": [d_low, d_high],
+                "split": split,
+                "damage": ours.damage(),
+                **more,
+            },
         }
 
     def tried(self, candidate: Candidate, name: str, fixed: int) -> tuple[Any, Scores, int]:
@@ -130,7 +158,17 @@ class Evidence:
         from trimtab.models.artifact import write_artifact
 
         job = self.job
-        shapes = {f"{p}.weight": (list(applied.stream.sites[p].shape[::-1] if applied.stream.sites[p].transposed else applied.stream.sites[p].shape), applied.stream.sites[p].transposed) for p in applied.packed}
+        shapes = {
+            f"{p}.weight": (
+                list(
+                    applied.stream.sites[p].shape[::-1]
+                    if applied.stream.sites[p].transposed
+                    else applied.stream.sites[p].shape
+                ),
+                applied.stream.sites[p].transposed,
+            )
+            for p in applied.packed
+        }
         manifest = {
             **{"task": job.source.task, "dtype": job.source.dtype, "plan": plan, "edits": applied.edits},
             "source": {"name": job.source.name, "hash": job.source.hash},
@@ -138,7 +176,8 @@ class Evidence:
         return write_artifact(folder, stored_tensors(job, applied), shapes, manifest, job.source.sidecars())
 
     def gate(self, applied: Applied, folder: Path) -> dict[str, Any]:
-        """Load the artifact in a fresh process and compare its outputs with the model in memory, prefill and token by token.
+        """Load the artifact in a fresh process and compare its outputs with the model in memory, prefill and token by
+        token.
 
         Raises:
             UserError: they differ by more than the gate allows: the artifact is not handed over.
@@ -149,25 +188,48 @@ class Evidence:
 
         job, stream = self.job, applied.stream
         batch = job.batch("search").take(0, GATE_ITEMS)
+        timed = batch.take(0, 1).inputs
         inputs = {k: v[:, :GATE_TOKENS] if job.source.task != "classification" else v for k, v in batch.inputs.items()}
         flow = stream.begin(inputs, GATE_ITEMS)
         for i in range(len(stream.paths)):
             with stream.loaded(i):
                 flow.hidden = stream.forward(i, flow)
-        ours = [_main(out) for _, out in stream.finish(flow)][0]
+        ours = next(_main(out) for _, out in stream.finish(flow))
         probe = folder.with_name("gate.safetensors")
-        write_safetensors({**{f"input.{k}": v for k, v in inputs.items()}, "output": ours.float().contiguous()}, probe)
-        command = [sys.executable, "-m", "trimtab.models.fresh", str(folder), str(probe), "--context", str(job.request.context), "--batch", str(job.request.batch)]
+        stored = {
+            f"{kind}.{k}": v.contiguous()
+            for kind, items in (("input", inputs), ("time", timed))
+            for k, v in items.items()
+        }
+        write_safetensors({**stored, "output": ours.float().contiguous()}, probe)
+        command = [
+            sys.executable,
+            "-m",
+            "trimtab.models.fresh",
+            str(folder),
+            str(probe),
+            "--context",
+            str(job.request.context),
+            "--batch",
+            str(job.request.batch),
+        ]
+        command += ["--packed"] if job.request.budget.memory else []
         if job.source.folder is None:
             command += ["--model", job.source.name]
         done = subprocess.run([*command, "--threads", str(torch.get_num_threads())], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the artifact does not load in a fresh process, so it is not handed over: {done.stderr.strip().splitlines()[-1:] or 'killed'}")
+            raise UserError(
+                "the artifact does not load in a fresh process, so it is not handed over: "
+                f"{done.stderr.strip().splitlines()[-1:] or 'killed'}"
+            )
         result = json.loads(done.stdout.splitlines()[-1])
         probe.unlink()
         worst = max(result["prefill"], result.get("decode", 0.0))
         if not worst <= GATE:
-            raise UserError(f"a fresh process gives other outputs than the model in memory (by {worst:.2g} of the largest, allowed {GATE:g}); the artifact is not handed over")
+            raise UserError(
+                f"a fresh process gives other outputs than the model in memory (by {worst:.2g} of the largest, "
+                f"allowed {GATE:g}); the artifact is not handed over"
+            )
         return result
 
     # ---- the run
@@ -196,18 +258,22 @@ class Evidence:
     def choose(self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores) -> tuple[Candidate, float]:
         """The fitted candidate and the limit on its units' bytes."""
         job, budget = self.job, self.job.request.budget
-        if budget.size is None and budget.quality is None:
+        if not budget.limits():
             raise UserError("a fit needs a budget: give at least one of --size, --memory, --latency, --quality")
-        if budget.size is not None:
-            limit = float(budget.size - fixed)
-            candidate = job.best_for(rows, drops, limit)
-            _, scores, size = self.tried(candidate, "fitted", fixed)
-            self.points["fitted"] = self.point("fitted", size, scores, original, "search", plan=candidate.plan)
-            return candidate, limit
-        return self.smallest(rows, drops, fixed, original)
+        must = job.drops_for_latency(drops) if budget.latency is not None else ()
+        if budget.size is None and budget.memory is None and budget.quality is not None:
+            return self.smallest(rows, drops, fixed, original, must)
+        limit = job.byte_limit(fixed, rows)
+        candidate = job.best_for(rows, drops, limit, must)
+        _, scores, size = self.tried(candidate, "fitted", fixed)
+        self.points["fitted"] = self.point("fitted", size, scores, original, "search", plan=candidate.plan)
+        return candidate, limit
 
-    def smallest(self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores) -> tuple[Candidate, float]:
-        """The smallest candidate that keeps the asked share of the metric on the search data, by bisection over its bytes.
+    def smallest(
+        self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores, must: tuple[str, ...]
+    ) -> tuple[Candidate, float]:
+        """The smallest candidate whose interval on the search data keeps the asked share of the metric, by bisection
+        over its bytes.
 
         Raises:
             BudgetError: not even the finest plan keeps it.
@@ -218,17 +284,21 @@ class Evidence:
         for row in rows:
             units.setdefault(row.unit, []).append(row.bytes)
         low, high = float(sum(map(min, units.values()))), float(sum(map(max, units.values())))
+        base = _value(job, original, "search")
         kept: tuple[Candidate, float, dict[str, Any]] | None = None
-        for turn in range(8):
+        for turn in range(BISECTIONS):
             limit = high if turn == 0 else (low * high) ** 0.5
-            candidate = job.best_for(rows, drops, limit)
+            candidate = job.best_for(rows, drops, limit, must)
             _, scores, size = self.tried(candidate, f"bisect-{turn}", fixed)
             point = self.point("fitted", size, scores, original, "search", plan=candidate.plan)
-            pessimistic = job.task.retained(point["value"] + (point["difference"][0] - (point["difference"][0] + point["difference"][1]) / 2 if job.task.higher else point["difference"][1] - (point["difference"][0] + point["difference"][1]) / 2), _value(job, original, "search"))
-            if pessimistic >= wanted:
+            worst = base + point["difference"][0 if job.task.higher else 1]
+            if job.task.retained(worst, base) >= wanted:
                 kept, high = (candidate, limit, point), limit
             elif turn == 0:
-                raise BudgetError(f"quality {wanted:.1%} was asked for, and the finest plan keeps {point['retained']:.1%}; ask for less, or try --effort thorough")
+                raise BudgetError(
+                    f"quality {wanted:.1%} was asked for, and the finest plan keeps {point['retained']:.1%}; ask for "
+                    "less, or try --effort thorough"
+                )
             else:
                 low = limit
             if high / low < 1.01:
@@ -237,14 +307,20 @@ class Evidence:
         self.points["fitted"] = kept[2]
         return kept[0], kept[1]
 
-    def compare(self, rows: list[Row], drops: dict[str, float], fixed: int, limit: float, candidate: Candidate, original: Scores) -> tuple[tuple[Candidate, float] | None, list[dict[str, Any]]]:
-        """The best uniform candidate within the limit with its damage, and the front: both measured on the search data."""
+    def compare(
+        self, rows: list[Row], drops: dict[str, float], fixed: int, limit: float, candidate: Candidate, original: Scores
+    ) -> tuple[tuple[Candidate, float] | None, list[dict[str, Any]]]:
+        """The best uniform candidate within the limit with its damage, and the front: both measured on the search
+        data.
+        """
         job = self.job
         front = [self.point("original", job.source.bytes, original, original, "search"), self.points["fitted"]]
         best: tuple[Candidate, float] | None = None
         for i, uniform in enumerate(job.uniform(rows, limit)[:3]):
             _, scores, size = self.tried(uniform, f"uniform-{i}", fixed)
-            front.append(self.point(uniform.name, size, scores, original, "search", plan=uniform.plan, family="uniform"))
+            front.append(
+                self.point(uniform.name, size, scores, original, "search", plan=uniform.plan, family="uniform")
+            )
             if best is None or scores.damage() < best[1]:
                 best = (uniform, scores.damage())
         for share in job.menu["front"]:
@@ -256,23 +332,45 @@ class Evidence:
             front.append(self.point(f"fitted at {say_bytes(size)}", size, scores, original, "search", plan=other.plan))
         return best, front
 
-    def finish(self, candidate: Candidate, uniform: Candidate | None, fixed: int, began: float, front: list[dict[str, Any]], rows: list[Row] | None = None) -> dict[str, Any]:
+    def finish(
+        self,
+        candidate: Candidate,
+        uniform: Candidate | None,
+        fixed: int,
+        began: float,
+        front: list[dict[str, Any]],
+        rows: list[Row] | None = None,
+    ) -> dict[str, Any]:
         """Apply the chosen candidate, tighten until its artifact fits, verify it, judge it on the test data, report."""
         job, budget, folder = self.job, self.job.request.budget, self.job.out / "artifact"
+        gate: dict[str, Any] = {}
         size = 0
         for turn in range(TIGHTENINGS):
             name = f"result-{turn}"
             applied = job.timed("applying", lambda n=name, c=candidate: job.apply(c, n))
-            size = self.journal.step(f"{name}/artifact", lambda a=applied, c=candidate: job.timed("writing", lambda: self.write(a, c.plan, folder)))
+            size = self.journal.step(
+                f"{name}/artifact",
+                lambda a=applied, c=candidate: job.timed("writing", lambda: self.write(a, c.plan, folder)),
+            )
             if not folder.exists():
-                size = self.write(applied, candidate.plan, folder)
-            if budget.size is None or size <= budget.size or rows is None:
+                self.write(applied, candidate.plan, folder)
+            over = max(0, size - budget.size) if budget.size is not None else 0
+            if not over:
+                gate = self.journal.step(
+                    f"{name}/gate", lambda a=applied: job.timed("verifying", lambda: self.gate(a, folder))
+                )
+                over = max(0, gate["peak_bytes"] - budget.memory) if budget.memory is not None else 0
+            if not over or rows is None or candidate.name != "fitted":
                 break
-            over = size - budget.size
-            candidate = job.best_for(rows, {}, budget.size - fixed - (turn + 1) * over)
+            try:
+                candidate = job.best_for(rows, {}, job.byte_limit(fixed, rows) - (turn + 1) * over, candidate.dropped)
+            except BudgetError:
+                break
         if budget.size is not None and size > budget.size:
-            raise BudgetError(f"size {say_bytes(budget.size)} was asked for, and the result takes {say_bytes(size)}; the nearest that fits is larger")
-        gate = self.journal.step("gate", lambda: job.timed("verifying", lambda: self.gate(applied, folder)))
+            raise BudgetError(
+                f"size {say_bytes(budget.size)} was asked for, and the nearest plan takes {say_bytes(size)}; ask for "
+                "at least that"
+            )
         original = self.scores("original", "test", job.stream)
         ours = self.scores("result", "test", lambda: applied.stream)
         best = self.point(candidate.name, size, ours, original, "test", plan=candidate.plan)
@@ -291,18 +389,42 @@ class Evidence:
         verdicts += missed or ["every limit of the budget is met"] if budget.limits() else []
         sites = self.site_rows(candidate, applied)
         report |= {
-            **{"front": front, "verdict": "; ".join(verdicts) or "measured", "met": not missed, "artifact": str(folder), "plan": candidate.plan},
-            **{"gate": gate, "sites": sites, "machine": machine(), "versions": versions(), "effort": job.request.effort, "seed": job.request.seed},
-            "data": {"hash": job.task.data_hash(), "model_hash": job.source.hash, "source": job.request.data or "built in", "items": {s: len(job.batch(s)) for s in ("calibration", "search", "test")}},
+            **{
+                "front": front,
+                "verdict": "; ".join(verdicts) or "measured",
+                "met": not missed,
+                "artifact": str(folder),
+                "plan": candidate.plan,
+            },
+            **{
+                "gate": gate,
+                "sites": sites,
+                "machine": machine(),
+                "versions": versions(),
+                "effort": job.request.effort,
+                "seed": job.request.seed,
+            },
+            "data": {
+                "hash": job.task.data_hash(),
+                "model_hash": job.source.hash,
+                "source": job.request.data or "built in",
+                "items": {s: len(job.batch(s)) for s in ("calibration", "search", "test")},
+            },
         }
         from trimtab.engine.measure import peak_bytes
 
-        report |= {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(), "timings": {k: round(v, 3) for k, v in job.timings.items()}}
+        report |= {
+            "seconds": time.perf_counter() - began,
+            "peak_bytes": peak_bytes(),
+            "timings": {k: round(v, 3) for k, v in job.timings.items()},
+        }
         self.save(report)
         return report
 
     def versus(self, ours: Scores, theirs: Scores, same: bool) -> str:
-        """In words whether the result beats the best uniform plan on the test data; computed from the paired interval."""
+        """In words whether the result beats the best uniform plan on the test data; computed from the paired
+        interval.
+        """
         from trimtab.tasks.base import bootstrap
 
         if same:
@@ -311,34 +433,53 @@ class Evidence:
         better = low > 0 if self.job.task.higher else high < 0
         worse = high < 0 if self.job.task.higher else low > 0
         word = "beats" if better else "is worse than" if worse else "cannot be told from"
-        return f"{word} the best uniform plan of the same size or less ({self.job.task.metric} {low:+.3g} to {high:+.3g}, 95 % paired)"
+        span = f"{self.job.task.metric} {low:+.3g} to {high:+.3g}, 95 % paired"
+        return f"{word} the best uniform plan of the same size or less ({span})"
 
     def missed(self, best: dict[str, Any], gate: dict[str, Any]) -> list[str]:
         """Limits of the budget that the measured result does not meet, in words."""
         budget, found = self.job.request.budget, []
         if budget.quality is not None and best["retained"] < budget.quality:
-            found.append(f"quality {budget.quality:.1%} was asked for, and {best['retained']:.1%} is kept on held-out data")
+            found.append(
+                f"quality {budget.quality:.1%} was asked for, and {best['retained']:.1%} is kept on held-out data"
+            )
         if budget.latency is not None and gate["seconds"] > budget.latency:
-            found.append(f"latency {1e3 * budget.latency:.3g} ms was asked for, and {1e3 * gate['seconds']:.3g} ms was measured")
+            found.append(
+                f"latency {1e3 * budget.latency:.3g} ms was asked for, and {1e3 * gate['seconds']:.3g} ms was measured"
+            )
         if budget.memory is not None and gate["peak_bytes"] > budget.memory:
-            found.append(f"memory {say_bytes(budget.memory)} was asked for, and {say_bytes(gate['peak_bytes'])} was measured")
+            found.append(
+                f"memory {say_bytes(budget.memory)} was asked for, and {say_bytes(gate['peak_bytes'])} was measured"
+            )
         return found
 
     def site_rows(self, candidate: Candidate, applied: Applied) -> list[dict[str, Any]]:
         """One row for each site: its level, bytes and damage, for the report's heat map."""
         from trimtab.core.level import Dense
 
-        damage = {s.path: candidate.rows[u.name].damage for u in self.job.units for s in u.sites if u.name in candidate.rows} if candidate.rows else {}
+        damage = (
+            {s.path: candidate.rows[u.name].damage for u in self.job.units for s in u.sites if u.name in candidate.rows}
+            if candidate.rows
+            else {}
+        )
         dense = Dense(self.job.source.dtype)
         rows = []
         for site in applied.stream.sites.values():
             level = applied.levels.get(site.path, dense)
             matrix = applied.stream.packed[site.path].shape if site.path in applied.packed else site.shape
             size = level.bytes(matrix)
-            rows.append({
-                **{"path": site.path, "role": site.role, "block": site.block, "method": applied.methods.get(site.path), "level": str(level), "bytes": size},
-                **{"bits": 8 * size / max(1, site.weights), "damage": damage.get(site.path), "weights": site.weights, "shape": list(site.shape)},
-            })  # fmt: skip
+            rows.append(
+                {
+                    **{
+                        "path": site.path,
+                        "role": site.role,
+                        "block": site.block,
+                        "method": applied.methods.get(site.path),
+                    },
+                    **{"level": str(level), "bytes": size, "bits": 8 * size / max(1, site.weights)},
+                    **{"damage": damage.get(site.path), "weights": site.weights, "shape": list(site.shape)},
+                }
+            )
         return rows
 
     def save(self, report: dict[str, Any]) -> None:
@@ -381,5 +522,8 @@ def for_allocator(job: Job, rows: list[Row], wanted: list[str]) -> dict[str, Any
         if name == "measure":
             extra[name] = job.database.measure
         else:
-            raise UserError(f"allocator {job.request.allocator} asks for {name}, which a fit does not collect; choose another with --allocator")
+            raise UserError(
+                f"allocator {job.request.allocator} asks for {name}, which a fit does not collect; choose another "
+                "with --allocator"
+            )
     return extra

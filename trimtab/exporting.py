@@ -47,7 +47,10 @@ def export(artifact: str | Path, to: str, out: str | Path, *, dtype: str = "bf16
     contents = open_artifact(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json: a Python function's model has no Hugging Face form; load it with trimtab.load")
+        raise UserError(
+            f"{folder} has no config.json: a Python function's model has no Hugging Face form; load it with "
+            "trimtab.load"
+        )
     config = json.loads(path.read_text())
     if edits := contents.manifest.get("edits"):
         config = _plain_config(edits, config, to)
@@ -66,7 +69,10 @@ def _plain_config(edits: list[dict[str, Any]], config: dict[str, Any], to: str) 
 
     changes = plain_config_changes(replay(skeleton_of(config, to), edits), edits)
     if changes is None:
-        raise UserError(f"the plan changed the structure in a way that {to} cannot say (parts of blocks are gone or differ in width); run it with trimtab")
+        raise UserError(
+            f"the plan changed the structure in a way that {to} cannot say (parts of blocks are gone or differ in "
+            "width); run it with trimtab"
+        )
     return {**config, **changes}
 
 

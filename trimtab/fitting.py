@@ -1,8 +1,10 @@
 """The main job: the best model that fits a budget, with measured evidence.
 
-    probe -> allocate -> apply -> measure (tighten and repeat) -> verify in a fresh process -> verdict on data that the search never saw
+    probe -> allocate -> apply -> measure (tighten and repeat) -> verify in a fresh process -> verdict on data that the
+    search never saw
 
-Every finished step is committed to the run's journal; a run that was cut off goes on where it stopped and gives the same bytes.
+Every finished step is committed to the run's journal; a run that was cut off goes on where it stopped and gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -86,7 +88,15 @@ class Request:
             Plan.parse(self.plan)
 
 
-def fit(model: str, *, budget: Budget | None = None, out: str | Path | None = None, resume: bool = False, progress: Progress | None = None, **options: Any) -> Fit:
+def fit(
+    model: str,
+    *,
+    budget: Budget | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Fit:
     """Give a model a budget, and get the best model that fits, with measured evidence.
 
     Args:
@@ -112,7 +122,9 @@ def fit(model: str, *, budget: Budget | None = None, out: str | Path | None = No
 def default_folder(model: str) -> Path:
     """`runs/<model>` with a number behind it if that is taken."""
     base = Path("runs") / Path(model).name.replace(":", "-")
-    return next(p for i in range(1, 10_000) if not (p := base.with_name(f"{base.name}-{i}" if i > 1 else base.name)).exists())
+    return next(
+        p for i in range(1, 10_000) if not (p := base.with_name(f"{base.name}-{i}" if i > 1 else base.name)).exists()
+    )
 
 
 def read_plan(plan: str | None) -> str | None:
@@ -130,7 +142,8 @@ def read_plan(plan: str | None) -> str | None:
 
 
 def preview(model: str, *, budget: Budget | None = None, **options: Any) -> dict[str, Any]:
-    """What a fit would try, and what it would cost, without doing it: units and choices, sizes, and an estimate of the time.
+    """What a fit would try, and what it would cost, without doing it: units and choices, sizes, and an estimate of the
+    time.
 
     Raises:
         UserError: bad input, or a size below the smallest plan.
@@ -152,7 +165,23 @@ def preview(model: str, *, budget: Budget | None = None, **options: Any) -> dict
     passes = 0.6 * probes + 4 * (len(job.menu["front"]) + 5)  # a probe starts at its block, half way through on average
     size = job.request.budget.size
     return {
-        **{"model": model, "task": job.task.name, "original_bytes": job.source.bytes, "smallest_bytes": smallest, "probes": probes},
-        **{"seconds": passes * once, "units": [{"name": u.name, "role": u.sites[0].role, "weights": u.weights, "choices": list(u.choices)} for u in units]},
-        "feasible": "no size is asked for" if size is None else "the original fits" if size >= job.source.bytes else "the size is feasible",
+        **{
+            "model": model,
+            "task": job.task.name,
+            "original_bytes": job.source.bytes,
+            "smallest_bytes": smallest,
+            "probes": probes,
+        },
+        **{
+            "seconds": passes * once,
+            "units": [
+                {"name": u.name, "role": u.sites[0].role, "weights": u.weights, "choices": list(u.choices)}
+                for u in units
+            ],
+        },
+        "feasible": "no size is asked for"
+        if size is None
+        else "the original fits"
+        if size >= job.source.bytes
+        else "the size is feasible",
     }

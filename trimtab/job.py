@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.core.budget import say_bytes
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.core.journal import Journal
-from trimtab.core.level import Dense, Level, rows_cols
+from trimtab.core.level import Level, rows_cols
 from trimtab.core.method import Allocator, method
 from trimtab.core.plan import Plan, check, exact_plan, grouping
 from trimtab.core.table import Row
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from trimtab.fitting import Request
     from trimtab.models.source import Source
     from trimtab.tasks.base import Scores, Task
-
 
 
 @dataclass
@@ -149,7 +148,10 @@ class Job:
 
         kinds = ("linear", "head", "embedding", "conv")
         allowed = set(self.request.methods)
-        menu = {k: [c for c in self.menu[k] if not allowed or c.partition("@")[0].partition("(")[0] in allowed | {"rtn"}] for k in kinds}
+        menu = {
+            k: [c for c in self.menu[k] if not allowed or c.partition("@")[0].partition("(")[0] in allowed | {"rtn"}]
+            for k in kinds
+        }
         return [u for u in units_of(self._probe_stream, menu, self.request.couple, self.legal) if u.choices]
 
     @cached_property
@@ -162,15 +164,23 @@ class Job:
         from trimtab.engine.database import Database
 
         batches = self.batch("calibration"), self.batch("search")
-        return Database(self._probe_stream, self.units, *batches, self.task, self.chunk, self.reference, self.request.seed)
+        return Database(
+            self._probe_stream, self.units, *batches, self.task, self.chunk, self.reference, self.request.seed
+        )
 
     @cached_property
     def dropper(self) -> Choice | None:
         """The choice that leaves a sublayer out, where the menu and the target have one."""
         from trimtab.engine.probe import Choice
 
-        names = [c for c in self.menu.get("sublayer", []) if not self.request.methods or c.partition("@")[0] in self.request.methods]
-        usable = names and self.request.target == "native" and self.modelmap.sublayers and self.source.task == "causal-lm"
+        names = [
+            c
+            for c in self.menu.get("sublayer", [])
+            if not self.request.methods or c.partition("@")[0] in self.request.methods
+        ]
+        usable = (
+            names and self.request.target == "native" and self.modelmap.sublayers and self.source.task == "causal-lm"
+        )
         return Choice.parse(names[0]) if usable else None
 
     def timed(self, what: str, work: Callable[[], Any]) -> Any:
@@ -202,15 +212,24 @@ class Job:
 
         rows, drops = probe(
             *(self._probe_stream, self.units, self.batch("calibration"), self.batch("search"), self.task, self.chunk),
-            **{"seed": self.request.seed, "reference": self.reference, "step": self.journal.step, "drops": self.dropper is not None},
+            **{
+                "seed": self.request.seed,
+                "reference": self.reference,
+                "step": self.journal.step,
+                "drops": self.dropper is not None,
+            },
             progress=self.tell("probing"),
         )
         return rows + [original_row(u, self.source.dtype) for u in self.units], drops
 
-    def allocate(self, rows: list[Row], limit: float, drops: Mapping[str, float], dropped: tuple[str, ...]) -> Candidate:
+    def allocate(
+        self, rows: list[Row], limit: float, drops: Mapping[str, float], dropped: tuple[str, ...]
+    ) -> Candidate:
         """The allocator's choice for a limit on the units' bytes, with these sublayers left out."""
         gone = {s.path for s in self.modelmap.sites if any(s.path.startswith(d + ".") for d in dropped)}
-        open_rows = [Row(r.unit, r.choice, 0, 0.0, 0.0, r.weights) if r.unit.partition("+")[0] in gone else r for r in rows]
+        open_rows = [
+            Row(r.unit, r.choice, 0, 0.0, 0.0, r.weights) if r.unit.partition("+")[0] in gone else r for r in rows
+        ]
         chooser = method(self.request.allocator)
         assert isinstance(chooser, Allocator)
         extra = self._wants(chooser, open_rows)
@@ -245,13 +264,23 @@ class Job:
         shelf = Shelf(self.journal, shelf_name)
         stream.packed = shelf
         what = f"applying {candidate.name}"
-        return apply(stream, candidate.steps, self.batch(split), self.chunk, seed=self.request.seed, keep=shelf.keep, progress=self.tell(what))
+        return apply(
+            stream,
+            candidate.steps,
+            self.batch(split),
+            self.chunk,
+            seed=self.request.seed,
+            keep=shelf.keep,
+            progress=self.tell(what),
+        )
 
     def scores(self, stream: Stream, split: str) -> Scores:
         """Scores on a split, damage against the original where the split is the search's."""
         from trimtab.engine.measure import measure
 
-        reference = self.reference if split == "search" or self.task.name == "embedding" and split == "search" else None
+        reference = (
+            self.reference if split == "search" or (self.task.name == "embedding" and split == "search") else None
+        )
         if split == "test" and self.task.name == "embedding":
             reference = self._test_reference
         return measure(stream, self.batch(split), self.task, self.chunk, reference)
@@ -263,27 +292,33 @@ class Job:
         batch = self.batch("test")
         return references(self._probe_stream, through(self._probe_stream, batch, self.chunk), batch, self.task)
 
-
     def original_meets(self) -> bool:
         """Whether the original is within the size that is asked for, so that nothing need be done."""
         budget = self.request.budget
-        return self.request.plan is None and budget.size is not None and self.source.bytes <= budget.size and budget.quality is None
+        return (
+            self.request.plan is None
+            and budget.size is not None
+            and self.source.bytes <= budget.size
+            and budget.quality is None
+        )
 
     def check_feasible(self) -> None:
-        """Refuse a size below the smallest plan before any work is done.
+        """Refuse a size or a memory below the smallest plan before any work is done.
 
         Raises:
             UserError: names what was asked, and the smallest size.
         """
-        size = self.request.budget.size
-        if size is None:
-            return
+        budget = self.request.budget
         least = self.fixed_bytes(self.units) + sum(min(self.bytes_of(u, c) for c in u.choices) for u in self.units)
-        if size < least:
-            raise UserError(
-                f"size {say_bytes(size)} was asked for, and the smallest plan for {self.source.name} takes {say_bytes(least)} "
-                f"(the original: {say_bytes(self.source.bytes)}); ask for at least {say_bytes(1.01 * least)}"
-            )
+        needs = {"size": (budget.size, least), "memory": (budget.memory, least + self.workspace_bytes())}
+        for what, (asked, needed) in needs.items():
+            if asked is not None and asked < needed:
+                raise UserError(
+                    f"{what} {say_bytes(asked)} was asked for, and the smallest plan for {self.source.name} takes "
+                    f"{say_bytes(needed)} "
+                    f"(the original: {say_bytes(self.source.bytes)} on disk); ask for at least "
+                    f"{say_bytes(1.01 * needed)}"
+                )
 
     def bytes_of(self, unit: Unit, text: str) -> int:
         """Exact bytes of a choice for a unit."""
@@ -314,12 +349,18 @@ class Job:
         seen = {s.path for s in self.modelmap.sites}
         from trimtab.formats.structure import sublayer_path
 
-        found = [Site(sublayer_path(self.modelmap, s), "sublayer", (), s.block, s.kind) for s in self.modelmap.sublayers if s.kind != "block"]
+        found = [
+            Site(sublayer_path(self.modelmap, s), "sublayer", (), s.block, s.kind)
+            for s in self.modelmap.sublayers
+            if s.kind != "block"
+        ]
         found += [Site(path, "block", (), i, "block") for i, path in enumerate(self.modelmap.blocks)]
         return [s for s in found if s.path not in seen]
 
     def uniform(self, rows: list[Row], limit: float) -> list[Candidate]:
-        """Plans that take every linear to one level and every embedding to one, within the limit, best predicted first."""
+        """Plans that take every linear to one level and every embedding to one, within the limit, best predicted
+        first.
+        """
         by_unit: dict[str, dict[str, Row]] = {}
         for row in rows:
             by_unit.setdefault(row.unit, {})[row.choice] = row
@@ -338,18 +379,84 @@ class Job:
 
     @staticmethod
     def _common(units: list[Unit], by_unit: Mapping[str, Mapping[str, Row]]) -> list[str]:
-        """Choices that every one of these units has; a unit without a grouped choice takes none, so the shortest menu decides."""
+        """Choices that every one of these units has; a unit without a grouped choice takes none, so the shortest menu
+        decides.
+        """
         if not units:
             return []
         shared = set.intersection(*(set(by_unit[u.name]) for u in units))
         return [c for c in by_unit[units[0].name] if c in shared]
 
-    def best_for(self, rows: list[Row], drops: Mapping[str, float], limit: float) -> Candidate:
-        """The allocator's choice for a limit, over every number of dropped sublayers that predicts less damage."""
-        best = self.allocate(rows, limit, drops, ())
-        cost = best.predicted()
+    def byte_limit(self, fixed: int, rows: list[Row]) -> float:
+        """The limit on the units' bytes that the budget's size and memory set; without either the originals' bytes.
+
+        Of the memory the cache of keys and values, the largest site unpacked and what a forward holds are left for the
+        run.
+        """
+        budget = self.request.budget
+        limits = [float(sum(max(r.bytes for r in rows if r.unit == u.name) for u in self.units))]
+        if budget.size is not None:
+            limits.append(float(budget.size - fixed))
+        if budget.memory is not None:
+            limits.append(float(budget.memory - fixed - self.workspace_bytes()))
+        return min(limits)
+
+    def workspace_bytes(self) -> int:
+        """Bytes that a run holds beside the stored weights, by shape: cache, the largest site unpacked, and the
+        states of a forward.
+        """
+        tokens = self.request.context * self.request.batch if self.source.task == "causal-lm" else self.request.batch
+        cache = sum(
+            2 * a.kv_heads * a.head_size * 4 * tokens
+            for a in self.modelmap.attentions
+            if self.source.task == "causal-lm"
+        )
+        inner = (s for s in self.modelmap.sites if s.shape and s.kind not in ("head", "embedding"))
+        widest = max((rows_cols(s.shape)[0] for s in inner), default=0)
+        largest = max((4 * s.weights for s in self.modelmap.sites), default=0)
+        return cache + 2 * largest + 4 * 4 * tokens * widest
+
+    def drops_for_latency(self, drops: Mapping[str, float]) -> tuple[str, ...]:
+        """The fewest sublayers, least damage first, without which one forward of one item is fast enough here;
+        committed to the journal.
+
+        Raises:
+            BudgetError: the original is too slow, and nothing that this run may drop makes it fast enough.
+        """
+        from trimtab.engine.run import seconds_of
+
+        wanted = self.request.budget.latency
+        assert wanted is not None
         order = sorted(drops, key=lambda p: drops[p])
-        for count in range(1, len(order)):
+
+        def find() -> list[str]:
+            stream = self.stream()
+            inputs = self.batch("search").take(0, 1).inputs
+            stream.whole_model()
+            seconds = float("inf")
+            for count in range(len(order) + 1):
+                with stream.swapped(dict.fromkeys(order[:count])):
+                    seconds = min(seconds, seconds_of(lambda: stream.once(inputs)))
+                if seconds <= 0.97 * wanted:
+                    return order[:count]
+            raise BudgetError(
+                f"latency {1e3 * wanted:.3g} ms was asked for, and {1e3 * seconds:.3g} ms is the least reached here "
+                f"({'with every sublayer dropped' if order else 'no sublayer of this model may be dropped'}); ask "
+                "for more"
+            )
+
+        return tuple(self.journal.step("latency", find))
+
+    def best_for(
+        self, rows: list[Row], drops: Mapping[str, float], limit: float, must: tuple[str, ...] = ()
+    ) -> Candidate:
+        """The allocator's choice for a limit, over every number of dropped sublayers that predicts less damage;
+        `must` are dropped anyhow.
+        """
+        best = self.allocate(rows, limit, drops, must)
+        cost = sum(drops.get(p, 0.0) for p in must) + best.predicted()
+        order = [*must, *sorted((p for p in drops if p not in must), key=lambda p: drops[p])]
+        for count in range(len(must) + 1, len(order)):
             dropped = tuple(order[:count])
             lost = sum(drops[p] for p in dropped)
             if lost >= cost:

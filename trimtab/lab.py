@@ -1,4 +1,6 @@
-"""The bench that claims are measured on: a plan carried out on a model through the public engine, and scored on data it never saw."""
+"""The bench that claims are measured on: a plan carried out on a model through the public engine, and scored on data
+it never saw.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ class Measured:
 
 
 class Bench:
-    """One model with its task and data for one seed; keeps the original's outputs, so that many plans are compared cheaply.
+    """One model with its task and data for one seed; keeps the original's outputs, so that many plans are compared
+    cheaply.
 
     Args:
         source: the model.
@@ -53,7 +56,9 @@ class Bench:
         data: see `tasks.build.task_for`.
     """
 
-    def __init__(self, source: Source, seed: int = 0, calibration: int = 32, items: int = 64, data: str | None = None) -> None:
+    def __init__(
+        self, source: Source, seed: int = 0, calibration: int = 32, items: int = 64, data: str | None = None
+    ) -> None:
         from trimtab.tasks.build import task_for
 
         self.source, self.seed = source, seed
@@ -68,13 +73,17 @@ class Bench:
         from trimtab.core.modelmap import trace
 
         inputs: Any = {k: v[:1] for k, v in self.test.inputs.items()}
-        return trace(self.source.skeleton(), inputs if self.source.config.get("architectures") else tuple(inputs.values()))
+        return trace(
+            self.source.skeleton(), inputs if self.source.config.get("architectures") else tuple(inputs.values())
+        )
 
     def stream(self) -> Any:
         """A fresh stream over the original."""
         from trimtab.engine.stream import Stream
 
-        return Stream(self.source, self.modelmap, {"use_cache": False} if self.task.name == "causal-lm" else {}, resident=True)
+        return Stream(
+            self.source, self.modelmap, {"use_cache": False} if self.task.name == "causal-lm" else {}, resident=True
+        )
 
     @cached_property
     def sites(self) -> list[Any]:
@@ -84,11 +93,15 @@ class Bench:
         from trimtab.formats.structure import sublayer_path
 
         found = list(own_sites(self.modelmap).values())
-        found += [Site(sublayer_path(self.modelmap, s), "sublayer", (), s.block, s.kind) for s in self.modelmap.sublayers if s.kind != "block"]
+        found += [
+            Site(sublayer_path(self.modelmap, s), "sublayer", (), s.block, s.kind)
+            for s in self.modelmap.sublayers
+            if s.kind != "block"
+        ]
         return found + [Site(p, "block", (), i, "block") for i, p in enumerate(self.modelmap.blocks)]
 
     @cached_property
-    def _reference(self) -> list[Tensor]:
+    def _reference(self) -> list[Any]:
         from trimtab.engine.measure import references, through
 
         stream = self.stream()
@@ -111,7 +124,9 @@ class Bench:
         total = stored + dense.bytes((parameters - weights,))
         value = self.task.value(_total(scores), self.test.amounts.double().sum())
         loss = float(scores.nll.sum() / scores.count.sum())
-        return Measured(float(value), loss, scores.damage(), total, 8 * stored / weights if weights else 0.0, scores, applied)
+        return Measured(
+            float(value), loss, scores.damage(), total, 8 * stored / weights if weights else 0.0, scores, applied
+        )
 
     def weight(self, path: str) -> Tensor:
         """A site's weight `[out, in]`, fp32."""
@@ -150,8 +165,10 @@ class Lab:
         """A bench for a model.
 
         Args:
-            outliers: plant outlier channels: the scale of 4 channels of every norm that linears alone read is multiplied by this, and the columns
-                that read them divided: the function is exactly the same, and activations look like a large model's. 0: none.
+            outliers: plant outlier channels: the scale of 4 channels of every norm that linears alone read is
+                multiplied by this, and the columns that read them divided: the function is exactly the same, and
+                activations look like a large model's. 0:
+                    none.
             options: `calibration`, `items`, `data` of `Bench`.
         """
         from trimtab.models.source import open_source

@@ -47,13 +47,22 @@ class Loaded:
         ids = ([start] if start is not None else []) + ids
         limit = getattr(self.model.config, "max_position_embeddings", None) or len(ids) + tokens
         if not ids:
-            raise UserError("the prompt is empty, and the tokenizer has no start token; give at least one word with --prompt")
+            raise UserError(
+                "the prompt is empty, and the tokenizer has no start token; give at least one word with --prompt"
+            )
         if len(ids) + 1 > limit:
             raise UserError(f"the prompt has {len(ids)} tokens, and the model's context is {limit}; shorten the prompt")
         stop = frozenset({self.tokenizer.eos_token_id} - {None})
         new: list[int] = []
         said = ""
-        for token in generate(self.model, torch.tensor([ids]), min(tokens, limit - len(ids)), stop=stop, temperature=temperature, seed=seed):
+        for token in generate(
+            self.model,
+            torch.tensor([ids]),
+            min(tokens, limit - len(ids)),
+            stop=stop,
+            temperature=temperature,
+            seed=seed,
+        ):
             new.append(token)
             text = self.tokenizer.decode(new)
             if not text.endswith("\ufffd"):
@@ -104,5 +113,10 @@ def read_report(run: str | Path) -> dict[str, Any]:
     path = Path(run) / "report.json"
     if not path.is_file():
         unfinished = (Path(run) / "journal.jsonl").is_file()
-        raise UserError(f"{run} holds {'an unfinished run; go on with `trimtab fit ... --resume`' if unfinished else 'no run; `trimtab fit` makes one'}")
+        cure = (
+            "an unfinished run; go on with `trimtab fit ... --resume`"
+            if unfinished
+            else "no run; `trimtab fit` makes one"
+        )
+        raise UserError(f"{run} holds {cure}")
     return json.loads(path.read_text())

@@ -54,10 +54,10 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     layers = {p: part for p, part in model.named_modules() if isinstance(part, nn.Linear) and ".layers." in p}
     dense = {path: layer.weight.detach().clone() for path, layer in layers.items()}
     grams, changes = statistics(model, layers, task.batch("calibration", 8, seed).inputs)
-    reference = task.reference(model(**search.inputs, use_cache=False), search.labels)
-    each = len(reference) // len(search)
+    parts = {samples: search.take(0, samples // LENGTH) for samples in SEARCH.samples}
+    references = {n: task.reference(model(**part.inputs, use_cache=False), part.labels) for n, part in parts.items()}
 
-    def scores(weights: dict[str, Tensor], batch: Any, against: Tensor | None) -> Any:
+    def scores(weights: dict[str, Tensor], batch: Any, against: Any) -> Any:
         for path, layer in layers.items():
             if layer.weight.data_ptr() != weights.get(path, dense[path]).data_ptr():
                 layer.weight.data = weights.get(path, dense[path])
@@ -80,9 +80,8 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
         def weights(plan: dict[str, Row]) -> dict[str, Tensor]:
             return {p: w for u, row in plan.items() for p, w in choices[u][row.choice][1].items()}
 
-        def damage(plan: dict[str, Row], samples: int | None = None) -> float:
-            count = min(len(search), max(1, (samples or len(search) * LENGTH) // LENGTH))
-            return scores(weights(plan), search.take(0, count), reference[: count * each]).damage()
+        def damage(plan: dict[str, Row], samples: int) -> float:
+            return scores(weights(plan), parts[samples], references[samples]).damage()
 
         rng = torch.Generator().manual_seed(seed)
         plans = {

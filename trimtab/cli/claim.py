@@ -29,4 +29,7 @@ def command(
         print(f"{record['method']}: {record['verdict']}  ({record['statement']})")
         for check in record["checks"]:
             half = f" ± {check['half_width']:.2g}" if check["half_width"] else ""
-            print(f"  {'holds' if check['held'] else 'fails'}: {check['say']}: {check['left']:.5g} against {check['right']:.5g} (difference {check['difference']:+.3g}{half})")
+            print(
+                f"  {'holds' if check['held'] else 'fails'}: {check['say']}: {check['left']:.5g} against "
+                f"{check['right']:.5g} (difference {check['difference']:+.3g}{half})"
+            )

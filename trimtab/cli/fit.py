@@ -19,7 +19,9 @@ def command(
     data: o.Data = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run; by default runs/<model>")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
-    plan: Annotated[str | None, typer.Option(help="carry out this plan (text, or a .toml file) in place of a search")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="carry out this plan (text, or a .toml file) in place of a search")
+    ] = None,
     effort: o.Effort = "standard",
     target: o.Target = "native",
     methods: o.Methods = "",
@@ -41,8 +43,23 @@ def command(
     with o.progress(quiet or json) as tell:
         result = fit(
             model,
-            **{"budget": budget, "out": out, "resume": resume, "progress": tell, "data": data, "plan": read_plan(plan), "effort": effort, "target": target},
-            **{"methods": tuple(m for m in methods.split(",") if m), "allocator": allocator, "length": length, "context": context, "batch": batch},
+            **{
+                "budget": budget,
+                "out": out,
+                "resume": resume,
+                "progress": tell,
+                "data": data,
+                "plan": read_plan(plan),
+                "effort": effort,
+                "target": target,
+            },
+            **{
+                "methods": tuple(m for m in methods.split(",") if m),
+                "allocator": allocator,
+                "length": length,
+                "context": context,
+                "batch": batch,
+            },
             **{"couple": couple, "padding": padding, "seed": seed},
         )
     if json:

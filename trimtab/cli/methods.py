@@ -9,7 +9,9 @@ import typer
 from trimtab.cli import options as o
 
 
-def command(family: Annotated[str | None, typer.Option(help="only this family, like quant")] = None, json: o.Json = False) -> None:
+def command(
+    family: Annotated[str | None, typer.Option(help="only this family, like quant")] = None, json: o.Json = False
+) -> None:
     """List the methods, with the verdict of the newest run of each one's claim."""
     from trimtab.catalogue import rows
 
@@ -24,6 +26,12 @@ def command(family: Annotated[str | None, typer.Option(help="only this family, l
     for column in ("name", "family", "catalogue", "paper", "verb", "requires", "leaves", "verdict"):
         table.add_column(column, no_wrap=column == "name")
     for row in found:
-        values = (row["name"], row["family"], ", ".join(map(str, row["catalogue"])) or "baseline", row["paper"], row["verb"])
+        values = (
+            row["name"],
+            row["family"],
+            ", ".join(map(str, row["catalogue"])) or "baseline",
+            row["paper"],
+            row["verb"],
+        )
         table.add_row(*values, ", ".join(row["requires"]), ", ".join(row["leaves"]), row["verdict"])
     Console().print(table)

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="pocket, a Hugging Face folder, a hub name, or module:function", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="pocket, a Hugging Face folder, a hub name, or module:function", show_default=False)
+]
 Size = Annotated[str | None, typer.Option(help="bytes on disk, like 60MB")]
 Memory = Annotated[str | None, typer.Option(help="peak memory of a run, like 400MB")]
 Latency = Annotated[str | None, typer.Option(help="time of one forward here, like 15ms")]
@@ -24,8 +26,12 @@ Allocator = Annotated[str, typer.Option(help="allocator, see `trimtab methods --
 Length = Annotated[int, typer.Option(min=8, max=1_048_576, help="tokens in a window of text")]
 Context = Annotated[int, typer.Option(min=1, help="context that a memory budget is for")]
 Batch = Annotated[int, typer.Option(min=1, help="batch that a memory budget is for")]
-Couple = Annotated[bool, typer.Option("--couple/--no-couple", help="q, k, v share a level, and gate and up, as fused kernels need it")]
-Padding = Annotated[bool, typer.Option("--padding/--no-padding", help="allow groups that do not divide a site's columns")]
+Couple = Annotated[
+    bool, typer.Option("--couple/--no-couple", help="q, k, v share a level, and gate and up, as fused kernels need it")
+]
+Padding = Annotated[
+    bool, typer.Option("--padding/--no-padding", help="allow groups that do not divide a site's columns")
+]
 Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
@@ -38,12 +44,21 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress line on standard error with the time left; lines at most every few seconds where that is no terminal."""
+    """A progress line on standard error with the time left; lines at most every few seconds where that is no
+    terminal.
+    """
     if quiet:
         yield lambda what, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -57,7 +72,14 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
 

@@ -15,8 +15,12 @@ def command(
     tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="at most so many new tokens")] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=100, help="0: the likeliest token each time")] = 0.0,
     seed: o.Seed = 0,
-    model: Annotated[str | None, typer.Option(help="module:function, for an artifact of a Python function's model")] = None,
-    packed: Annotated[bool, typer.Option("--packed", help="keep weights packed in memory: least memory, slower")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="module:function, for an artifact of a Python function's model")
+    ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="keep weights packed in memory: least memory, slower")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Load and run it here."""

@@ -23,6 +23,12 @@ def command(name: Annotated[str, typer.Argument(help="a method, like gptq")], js
         print(f"{key + ':':12} {', '.join(found[key]) or '-'}")
     for field in found["fields"]:
         print(f"field:       {field['name']} = {field['default']!r}")
-    print(f"file:        {found['file']}\nclaim:       {found['claim']}\nverdict:     {found['verdict']} ({found['record'] or 'no record'})")
+    print(
+        f"file:        {found['file']}\nclaim:       {found['claim']}\nverdict:     {found['verdict']} "
+        f"({found['record'] or 'no record'})"
+    )
     for check in found["checks"]:
-        print(f"  {'holds' if check['held'] else 'fails'}: {check['say']} ({check['left']:.4g} against {check['right']:.4g})")
+        print(
+            f"  {'holds' if check['held'] else 'fails'}: {check['say']} ({check['left']:.4g} against "
+            f"{check['right']:.4g})"
+        )

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 from trimtab.core.errors import UserError
 
-_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_BYTES = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?\d+)?)\s*([a-z%/]*)\s*", re.IGNORECASE)
 
@@ -17,8 +27,16 @@ def _parse(what: str, text: str | float, units: dict[str, float], example: str) 
     match = _NUMBER.fullmatch(str(text))
     unit = match[2].lower() if match else ""
     if not match or unit not in units:
-        reason = "is not a positive number with a unit" if not match else f"has the unit {match[2]!r}" if match[2] else "has no unit"
-        raise UserError(f"{what} {str(text)!r} {reason}; write it like {example} (units: {', '.join(u for u in units if u)})")
+        reason = (
+            "is not a positive number with a unit"
+            if not match
+            else f"has the unit {match[2]!r}"
+            if match[2]
+            else "has no unit"
+        )
+        raise UserError(
+            f"{what} {str(text)!r} {reason}; write it like {example} (units: {', '.join(u for u in units if u)})"
+        )
     value = float(match[1]) * units[unit]
     if not math.isfinite(value) or value <= 0:
         raise UserError(f"{what} {str(text)!r} is not a positive finite number; write it like {example}")

@@ -1,7 +1,9 @@
 """Claims: a paper's statement as code, measured over seeds; the verdict is computed and kept as a row of `records/`.
 
-A claim file defines one `CLAIM` and one function `measure(lab, seed) -> {name: number}`. Each check compares two of the numbers
-(or one with a constant). Over the seeds, a check holds when the 95 % interval of the paired difference lies on its side of zero.
+A claim file defines one `CLAIM` and one function `measure(lab, seed) -> {name: number}`. Each check compares two of
+the numbers
+(or one with a constant). Over the seeds, a check holds when the 95 % interval of the paired difference lies on its
+side of zero.
 All checks hold: *held*; some: *partly*; none: *failed*.
 """
 
@@ -19,9 +21,11 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass(frozen=True)
 class Check:
-    """`left comparator right`, each the name of a measured number; `right` may be a constant. `say` is the check in words.
+    """`left comparator right`, each the name of a measured number; `right` may be a constant. `say` is the check in
+    words.
 
-    With `<=` and `>=` the bound itself passes, and so does a difference whose interval includes zero but whose mean is on the right side.
+    With `<=` and `>=` the bound itself passes, and so does a difference whose interval includes zero but whose mean is
+    on the right side.
     """
 
     say: str
@@ -59,7 +63,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judged:
-    """A check with its computed outcome: mean paired difference left - right, the half-width of its 95 % interval, and whether it holds."""
+    """A check with its computed outcome: mean paired difference left - right, the half-width of its 95 % interval,
+    and whether it holds.
+    """
 
     say: str
     left: float
@@ -97,7 +103,9 @@ def verdict(judged: Sequence[Judged]) -> str:
 
 
 def record(claim: Claim, rows: Sequence[Mapping[str, float]], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The evidence row: claim, numbers by seed, computed checks and verdict, and the facts of the run (machine, versions, hashes)."""
+    """The evidence row: claim, numbers by seed, computed checks and verdict, and the facts of the run (machine,
+    versions, hashes).
+    """
     judged = [judge(c, rows) for c in claim.checks]
     said = {k: v for k, v in asdict(claim).items() if k not in ("checks", "seeds", "needs")}
     row = {**said, "seeds": list(claim.seeds), "values": [dict(r) for r in rows], "checks": [asdict(j) for j in judged]}

@@ -1,6 +1,7 @@
 """A run's journal: one JSON line for each finished step, and files committed atomically beside it.
 
-A step is finished when its line is whole and on disk. After a crash the journal's last line may be torn: it is cut off, and the step is
+A step is finished when its line is whole and on disk. After a crash the journal's last line may be torn: it is cut
+off, and the step is
 done again. Files are written under a temporary name, flushed, then renamed.
 """
 
@@ -25,7 +26,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"no room left on the disk while writing {path}; free some space and go on with --resume") from error
+            raise UserError(
+                f"no room left on the disk while writing {path}; free some space and go on with --resume"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another folder with --out") from error
         raise
@@ -69,14 +72,19 @@ class Journal:
         self.done: dict[str, Any] = {}
         if self.path.exists():
             if not resume:
-                raise UserError(f"{folder} already holds a run; go on with --resume, or choose another folder with --out")
+                raise UserError(
+                    f"{folder} already holds a run; go on with --resume, or choose another folder with --out"
+                )
             self._read()
             found = self.done.get("start")
             if found is not None and found != json.loads(json.dumps(header)):
-                differing = sorted(k for k in {*found, *header} if found.get(k) != json.loads(json.dumps(header)).get(k))
+                differing = sorted(
+                    k for k in {*found, *header} if found.get(k) != json.loads(json.dumps(header)).get(k)
+                )
                 raise UserError(
                     f"{folder} holds a run of another job: its {', '.join(differing)} differ "
-                    f"({'; '.join(f'{k}: {found.get(k)!r} there, {header.get(k)!r} asked' for k in differing[:2])}); choose another folder with --out"
+                    f"({'; '.join(f'{k}: {found.get(k)!r} there, {header.get(k)!r} asked' for k in differing[:2])}); "
+                    "choose another folder with --out"
                 )
         elif folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} already exists with other content; choose another folder with --out")
@@ -95,7 +103,9 @@ class Journal:
                 entry = json.loads(line)
                 self.done[entry["step"]] = entry["value"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path} is damaged ({error}); start the run again in another folder with --out") from error
+                raise UserError(
+                    f"{self.path} is damaged ({error}); start the run again in another folder with --out"
+                ) from error
         if len(whole) < len(data):
             with writing(self.path), open(self.path, "rb+") as file:
                 file.truncate(len(whole))
@@ -110,7 +120,9 @@ class Journal:
         self.done[step] = json.loads(json.dumps(value))
 
     def step(self, name: str, work: Callable[[], Any]) -> Any:
-        """The value of a finished step, or that of `work()`, committed. What comes back has been through JSON either way."""
+        """The value of a finished step, or that of `work()`, committed. What comes back has been through JSON either
+        way.
+        """
         if name not in self.done:
             self.append(name, work())
         return self.done[name]

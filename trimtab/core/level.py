@@ -86,7 +86,8 @@ class Int(Level):
 
     The last group of a row may be short. `scale` is how the scales are stored: `f16`, `e8m0` (a power of two) or `e4m3`
     (FP8, with one more 32-bit scale for the matrix, as NVIDIA's formats have it). `hadamard` says that the columns were
-    rotated block by block with a Hadamard matrix of the size of the group before rounding: the run time rotates the activations.
+    rotated block by block with a Hadamard matrix of the size of the group before rounding: the run time rotates the
+    activations.
     """
 
     bits: int
@@ -107,7 +108,7 @@ class Int(Level):
 
 @dataclass(frozen=True)
 class Float(Level):
-    """Minifloats: a sign, `e` exponent and `m` mantissa bits, with a scale for every `group` columns (None: the row)."""
+    """Minifloats: a sign, `e` exponent and `m` mantissa bits; a scale for every `group` columns (None: the row)."""
 
     e: int
     m: int
@@ -127,7 +128,8 @@ class Float(Level):
 
 @dataclass(frozen=True)
 class Codebook(Level):
-    """Vectors of `dim` neighbouring weights of a row, each an index into `size` codewords; `residual` codewords for what is left.
+    """Vectors of `dim` neighbouring weights of a row, each an index into `size` codewords; `residual` codewords for
+    what is left.
 
     The codewords are stored in 16 bits; `size` and `residual` are powers of two. A row's last vector is padded.
     """
@@ -169,7 +171,9 @@ class Sparse(Level):
 
 @dataclass(frozen=True)
 class NM(Level):
-    """`n` weights of every `m` neighbours in a row are kept, in 16 bits, with their positions in ceil(log2 m) bits each."""
+    """`n` weights of every `m` neighbours in a row are kept, in 16 bits, with their positions in ceil(log2 m) bits
+    each.
+    """
 
     n: int
     m: int
@@ -192,7 +196,9 @@ class NM(Level):
 
 @dataclass(frozen=True)
 class Rank(Level):
-    """Two factors, `out x rank` and `rank x in`, in 16 bits; `bias` adds a 16-bit vector of `out` that corrects the mean."""
+    """Two factors, `out x rank` and `rank x in`, in 16 bits; `bias` adds a 16-bit vector of `out` that corrects the
+    mean.
+    """
 
     rank: int
     bias: bool = False
@@ -228,7 +234,9 @@ class Plus(Level):
 
 @dataclass(frozen=True)
 class Width(Level):
-    """A share `keep` of the channels of a coupled dimension stays; bytes are those of a dense 16-bit weight with fewer rows."""
+    """A share `keep` of the channels of a coupled dimension stays; bytes are those of a dense 16-bit weight with
+    fewer rows.
+    """
 
     keep: float
 
@@ -287,7 +295,10 @@ _GROUPED = re.compile(
     r"(?:(?P<bits>\d+)b|e(?P<e>\d)m(?P<m>\d))/(?:row|g(?P<group>\d+))(?P<sym>/sym)?(?:/(?P<scale>e8m0|e4m3))?(?P<h>/h)?"
 )
 _CODEBOOK = re.compile(r"vq/d(\d+)/k(\d+)(?:/r(\d+))?")
-_KNOWN = "4b/g64, 4b/g64/sym, 4b/row, e2m1/g32, mxfp4, mxfp8, mxint8, nvfp4, nvint4, vq/d4/k256, 50%, 2:4, r16, 4b/g64+r8, w75%, drop, bf16"
+_KNOWN = (
+    "4b/g64, 4b/g64/sym, 4b/row, e2m1/g32, mxfp4, mxfp8, mxint8, nvfp4, nvint4, vq/d4/k256, 50%, 2:4, r16, "
+    "4b/g64+r8, w75%, drop, bf16"
+)
 
 
 @cache
@@ -317,7 +328,9 @@ def _parse(text: str) -> Level | None:
         return type(base)(**{**base.__dict__, "hadamard": True}) if isinstance(base, Int | Float) else None
     if match := re.fullmatch(r"(.+)\+(r\d+(?:/bias)?)", text):
         base, extra = _parse(match[1]), _parse(match[2])
-        return Plus(base, extra) if base is not None and isinstance(extra, Rank) and not isinstance(base, Rank) else None
+        return (
+            Plus(base, extra) if base is not None and isinstance(extra, Rank) and not isinstance(base, Rank) else None
+        )
     if match := _GROUPED.fullmatch(text):
         group = int(match["group"]) if match["group"] else None
         scale, hadamard = match["scale"] or "f16", bool(match["h"])

@@ -1,7 +1,9 @@
 """Methods and their verbs: the whole interface between a paper and the engine.
 
-A method is a frozen dataclass whose fields are its configuration, with a `card` and one verb. The keyword-only parameters of the
-verb name the statistics that it wants; the engine reads them from the signature and injects them, so that what a method says it
+A method is a frozen dataclass whose fields are its configuration, with a `card` and one verb. The keyword-only
+parameters of the
+verb name the statistics that it wants; the engine reads them from the signature and injects them, so that what a
+method says it
 needs can never differ from what it uses.
 """
 
@@ -33,7 +35,22 @@ FACTS = frozenset(
 )
 PROMISES = frozenset({"function", "shape", "mergeable", "exact", "extract", "deterministic", "monotone", "resumable"})
 FAMILIES = (
-    *("quant", "prune", "lowrank", "distill", "merge", "adapt", "optim", "nas", "moe", "attn", "arch", "kv", "serve", "dist"),
+    *(
+        "quant",
+        "prune",
+        "lowrank",
+        "distill",
+        "merge",
+        "adapt",
+        "optim",
+        "nas",
+        "moe",
+        "attn",
+        "arch",
+        "kv",
+        "serve",
+        "dist",
+    ),
     *("diffusion", "retrieve", "hw", "alloc"),
 )
 
@@ -48,7 +65,8 @@ class Card:
         paper: the paper's identifier (`arXiv:2210.17323`) or citation.
         claim: one sentence: what the method should show here.
         requires: facts that every site it touches must have.
-        leaves: facts that it leaves on them; `float` is taken away by `int`, `codebook`, `sparse` and `factored` unless left again.
+        leaves: facts that it leaves on them; `float` is taken away by `int`, `codebook`, `sparse` and `factored`
+            unless left again.
         keeps: promises that the conformance battery tests.
         levels: texts of levels that the method takes, coarse to fine: examples for `show`, and what the battery tries.
         kinds: kinds of site that it can touch.
@@ -103,7 +121,9 @@ class Solver(Method):
 
     @abstractmethod
     def solve(self, weight: Tensor, level: Any, **stats: Any) -> Packed:
-        """The weight `[out, in]` (fp32; a convolution flattened to `[out, in/groups*kh*kw]`) at a level, in its stored form."""
+        """The weight `[out, in]` (fp32; a convolution flattened to `[out, in/groups*kh*kw]`) at a level, in its
+        stored form.
+        """
 
 
 @dataclass
@@ -117,8 +137,8 @@ class Scene:
             `scope = "block"` is called once a block, in forward order, with the one index.
         levels: level for each site path that the plan names, of this step.
         stats: path -> {statistic: tensor}, those named by the verb's keyword-only parameters.
-        edits: what a loader must replay to rebuild the changed structure from the original configuration (see `formats.structure`);
-            rewriters append.
+        edits: what a loader must replay to rebuild the changed structure from the original configuration (see
+            `formats.structure`); rewriters append.
     """
 
     model: nn.Module
@@ -130,7 +150,8 @@ class Scene:
 
 
 class Rewriter(Method):
-    """`rewrite(scene, *, stats) -> None`: changes structure or folds and rotates, in place, over the sites that the levels name.
+    """`rewrite(scene, *, stats) -> None`: changes structure or folds and rotates, in place, over the sites that the
+    levels name.
 
     The keyword-only parameters are mappings path -> tensor of the statistic of that name.
     """
@@ -146,8 +167,8 @@ class Rewriter(Method):
 class Allocator(Method):
     """`allocate(rows, limits, *, ...) -> {unit: level text}`: sees rows only, never a model.
 
-    Keyword-only parameters may name `measure` (a callable {unit: choice} -> damage, end to end on the search data), `rng`,
-    `pairs` (interaction damages) or statistics by unit.
+    Keyword-only parameters may name `measure` (a callable {unit: choice} -> damage, end to end on the search data),
+    `rng`, `pairs` (interaction damages) or statistics by unit.
     """
 
     verb = "allocate"
@@ -202,7 +223,9 @@ def method(name: str, **config: Any) -> Method:
         numeric = isinstance(default, int | float) and not isinstance(default, bool)
         fits = isinstance(value, int | float) if numeric else isinstance(value, type(default))
         if default not in (None, dataclasses.MISSING) and not fits:
-            raise UserError(f"method {name}: {key}={value!r} was given, a {type(default).__name__} like {default!r} is needed")
+            raise UserError(
+                f"method {name}: {key}={value!r} was given, a {type(default).__name__} like {default!r} is needed"
+            )
     return cls(**config)
 
 

@@ -1,8 +1,8 @@
 """Plans: an ordered list of steps, each a method and the levels it takes to sites; text and TOML forms that round-trip.
 
-The text form reads left to right as the engine works: `awq @ 4b/g64 | gptq(damp=0.05) @ 4b/g64, lm_head=8b/g64`. Before the `=` stands a
-selector: a role (`q`, `down`, `lm_head`), a path or a glob of paths (`model.layers.[0-3].*`); without one the level is for every site that
-the method can touch. A later selector overrules an earlier one.
+The text form reads left to right as the engine works: `awq @ 4b/g64 | gptq(damp=0.05) @ 4b/g64, lm_head=8b/g64`. Before
+the `=` stands a selector: a role (`q`, `down`, `lm_head`), a path or a glob of paths (`model.layers.[0-3].*`); without
+one the level is for every site that the method can touch. A later selector overrules an earlier one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Plan:
         except UserError:
             raise
         except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"the plan is no plan in TOML ({error}); it needs tables [[step]] with method, levels") from error
+            raise UserError(
+                f"the plan is no plan in TOML ({error}); it needs tables [[step]] with method, levels"
+            ) from error
 
     def resolve(self, sites: Iterable[Site]) -> list[tuple[Method, dict[str, Level]]]:
         """For each step its method and the level of each site it touches; legality is checked by `check`.
@@ -103,13 +105,18 @@ _STEP = re.compile(r"(?P<name>[\w.-]+)\s*(?:\((?P<config>.*?)\))?\s*@\s*(?P<leve
 def _step(text: str) -> Step:
     match = _STEP.fullmatch(text)
     if not match:
-        raise UserError(f"the step {text!r} was given; a step looks like `gptq @ 4b/g64` or `gptq(damp=0.05) @ 4b/g64, lm_head=8b/g64`")
+        raise UserError(
+            f"the step {text!r} was given; a step looks like `gptq @ 4b/g64` or `gptq(damp=0.05) @ 4b/g64, "
+            "lm_head=8b/g64`"
+        )
     try:
         call = ast.parse(f"f({match['config'] or ''})", mode="eval").body
         assert isinstance(call, ast.Call) and not call.args
         config = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
     except (SyntaxError, ValueError, AssertionError) as error:
-        raise UserError(f"the step {text!r} has fields that cannot be read; write them as `damp=0.05, order='activation'`") from error
+        raise UserError(
+            f"the step {text!r} has fields that cannot be read; write them as `damp=0.05, order='activation'`"
+        ) from error
     levels = []
     for part in match["levels"].split(","):
         selector, _, level = part.rpartition("=")
@@ -125,7 +132,11 @@ def _levels(step: Step, sites: list[Site]) -> dict[str, Level]:
         if not hit:
             names = {s.role for s in sites} | {s.path for s in sites}
             found = [s for s in sites if selector in (s.path, s.role) or fnmatchcase(s.path, selector)]
-            why = f"it names {found[0].kind} sites, which {card.name} does not touch" if found else "no site has that role or path"
+            why = (
+                f"it names {found[0].kind} sites, which {card.name} does not touch"
+                if found
+                else "no site has that role or path"
+            )
             raise UserError(f"step `{card.name}`: {selector!r} was asked for, but {why}{did_you_mean(selector, names)}")
         chosen |= {s.path: level for s in hit}
     return chosen
@@ -138,12 +149,14 @@ def grouping(level: Level) -> int | None:
     return level.group if isinstance(level, Int | Float) else None
 
 
-def check(resolved: list[tuple[Method, dict[str, Level]]], sites: Iterable[Site], padding: bool = True) -> dict[str, frozenset[str]]:
+def check(
+    resolved: list[tuple[Method, dict[str, Level]]], sites: Iterable[Site], padding: bool = True
+) -> dict[str, frozenset[str]]:
     """Walk the steps over each site's facts before any work is done; the facts that they leave.
 
     Raises:
-        UserError: a step requires a fact that an earlier step took away (names both steps and the cure), a level of a kind the method
-            does not take, or, with `padding=False`, a group that does not divide a site's columns.
+        UserError: a step requires a fact that an earlier step took away (names both steps and the cure), a level of a
+            kind the method does not take, or, with `padding=False`, a group that does not divide a site's columns.
     """
     by_path = {s.path: s for s in sites}
     facts = {path: frozenset({"float"}) for path in by_path}
@@ -158,8 +171,10 @@ def check(resolved: list[tuple[Method, dict[str, Level]]], sites: Iterable[Site]
             missing = card.requires - facts[path]
             if missing:
                 raise UserError(
-                    f"step `{card.name}` needs {path} to be {', '.join(sorted(missing))}, and the earlier step `{last.get(path, 'none')}` left it "
-                    f"{', '.join(sorted(facts[path])) or 'nothing'}: put `{card.name}` before it, or leave one of them out"
+                    f"step `{card.name}` needs {path} to be {', '.join(sorted(missing))}, and the earlier step "
+                    f"`{last.get(path, 'none')}` left it "
+                    f"{', '.join(sorted(facts[path])) or 'nothing'}: put `{card.name}` before it, or leave one of "
+                    "them out"
                 )
             group = grouping(level)
             if not padding and isinstance(chosen, Solver) and group and rows_cols(by_path[path].shape)[1] % group:

@@ -18,8 +18,8 @@ class Site:
     Fields:
         path: the module's path, as `named_modules` gives it; the name under which plans and reports speak of the site.
         kind: what sort of place it is.
-        shape: shape of the weight as methods see it: `(out, in)` for a linear, head or embedding,
-            `(out, in / groups, kh, kw)` for a convolution; `()` where there is no single weight.
+        shape: shape of the weight as methods see it: `(out, in)` for a linear, head or embedding, `(out, in / groups,
+            kh, kw)` for a convolution; `()` where there is no single weight.
         block: index of the repeated block that holds the site, or None outside the blocks.
         role: what the site does (`q`, `k`, `v`, `o`, `gate`, `up`, `down`, `embed`, `lm_head`, `conv`, ...).
         transposed: the module stores its weight as `(in, out)`, as GPT-2's Conv1D does; methods still see `(out, in)`.

@@ -1,6 +1,8 @@
-"""Apply a plan block by block: collect what its steps ask for, take each site to its level, pass the changed outputs on.
+"""Apply a plan block by block: collect what its steps ask for, take each site to its level, pass the changed outputs
+on.
 
-Within a block the steps run in the plan's order; a step that changes weights ends the statistics of the block, and a later step collects
+Within a block the steps run in the plan's order; a step that changes weights ends the statistics of the block, and a
+later step collects
 them again. Inputs of a block come from the blocks before it as they are then, already changed.
 """
 
@@ -46,7 +48,9 @@ class Applied:
 
 
 def seed_for(path: str, seed: int) -> torch.Generator:
-    """The generator of a site: it depends on the run's seed and the site alone, so that order and resumption change nothing."""
+    """The generator of a site: it depends on the run's seed and the site alone, so that order and resumption change
+    nothing.
+    """
     import zlib
 
     return torch.Generator().manual_seed((zlib.crc32(path.encode()) << 16) + seed)
@@ -65,11 +69,17 @@ def solve(method: Solver, site: Site, weight: Tensor, level: Level, stats: Mappi
         elif name in stats:
             wanted[name] = stats[name]
         else:
-            raise UserError(f"{method.card.name} needs the statistic {name}, which {site.path} ({site.kind}) does not have; use `rtn` there")
+            raise UserError(
+                f"{method.card.name} needs the statistic {name}, which {site.path} ({site.kind}) does not have; use "
+                "`rtn` there"
+            )
     packed = method.solve(weight, level, **wanted)
     broken = [k for k, t in packed.tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if broken:
-        raise UserError(f"{method.card.name} at {level} gave NaN or infinite {broken[0]} for {site.path}; more calibration data may help")
+        raise UserError(
+            f"{method.card.name} at {level} gave NaN or infinite {broken[0]} for {site.path}; more calibration data "
+            "may help"
+        )
     return packed
 
 
@@ -88,7 +98,8 @@ def apply(
     Args:
         batch: calibration items.
         chunk: items in one forward.
-        keep: commits what was solved in one place (`before`, a block's index, `behind`) and gives it back on a resumed run.
+        keep: commits what was solved in one place (`before`, a block's index, `behind`) and gives it back on a resumed
+            run.
         progress: called with (places done, places in all).
     """
     keep = keep or (lambda place, work: work())
@@ -119,7 +130,9 @@ def _segments(resolved: Resolved) -> Iterable[Resolved]:
         yield run
 
 
-def _pass(stream: Stream, steps: Resolved, batch: Any, chunk: int, seed: int, keep: Any, progress: Any, done: Applied) -> None:
+def _pass(
+    stream: Stream, steps: Resolved, batch: Any, chunk: int, seed: int, keep: Any, progress: Any, done: Applied
+) -> None:
     before, behind = _outside(stream, batch)
     flow = stream.begin(batch.inputs, chunk)
     total = len(stream.paths) + 2
@@ -191,13 +204,18 @@ def _place(
         if isinstance(method, Rewriter):
             if not isinstance(place, int):
                 continue
-            _rewrite_block(stream, method, levels, place, collect(_rewriter_wants(method, stream, place)) if collect else {}, done)
+            _rewrite_block(
+                stream, method, levels, place, collect(_rewriter_wants(method, stream, place)) if collect else {}, done
+            )
             continue
 
         def work(method: Any = method, levels: Any = levels, asks: Any = asks) -> dict[str, Packed]:
             needs_input = any(set(a) & {"gram", "mean", "absmean"} for a in asks.values())
             stats = (first if first is not None else collect(asks) if collect and needs_input else {}) or {}
-            return {p: solve(method, stream.sites[p], stream.weight(stream.sites[p]), lv, stats.get(p, {}), seed) for p, lv in levels.items()}
+            return {
+                p: solve(method, stream.sites[p], stream.weight(stream.sites[p]), lv, stats.get(p, {}), seed)
+                for p, lv in levels.items()
+            }
 
         for path, packed in keep(f"{place}-{method.card.name}", work).items():
             stream.put(stream.sites[path], packed)
@@ -205,14 +223,18 @@ def _place(
 
 
 def _rewriter_wants(method: Rewriter, stream: Stream, place: int) -> dict[str, set[str]]:
-    return {s.path: set(method.needs()) for s in stream.sites.values() if (s.block == place or stream.whole) and gathers(s)}
+    return {
+        s.path: set(method.needs()) for s in stream.sites.values() if (s.block == place or stream.whole) and gathers(s)
+    }
 
 
 def _by_statistic(stats: Mapping[str, Mapping[str, Tensor]], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     return {name: {p: s[name] for p, s in stats.items() if name in s} for name in names}
 
 
-def _rewrite_block(stream: Stream, method: Rewriter, levels: dict[str, Level], index: int, stats: Any, done: Applied) -> None:
+def _rewrite_block(
+    stream: Stream, method: Rewriter, levels: dict[str, Level], index: int, stats: Any, done: Applied
+) -> None:
     scene = Scene(stream.model, stream.map, (index,), levels, stats)
     method.rewrite(scene, **_by_statistic(stats, method.needs()))
     assert not scene.edits, "a rewriter with scope block does not change structure"
@@ -223,7 +245,10 @@ def _outside(stream: Stream, batch: Any) -> tuple[list[str], list[str]]:
     """Paths of the sites before the blocks and behind them, by running one item up to the last block."""
     outside = [s for s in stream.sites.values() if s.block is None and not stream.whole]
     called: set[str] = set()
-    handles = [stream.model.get_submodule(s.path).register_forward_pre_hook(lambda m, a, p=s.path: called.add(p)) for s in outside]
+    handles = [
+        stream.model.get_submodule(s.path).register_forward_pre_hook(lambda m, a, p=s.path: called.add(p))
+        for s in outside
+    ]
     try:
         stream.begin({k: v[:1] for k, v in batch.inputs.items()}, 1)
     finally:
@@ -233,7 +258,9 @@ def _outside(stream: Stream, batch: Any) -> tuple[list[str], list[str]]:
 
 
 def sublayer_cosines(stream: Stream, batch: Any, chunk: int) -> dict[str, Tensor]:
-    """Mean cosine similarity of the residual stream before and after each sublayer and block, as LLM-Drop scores them."""
+    """Mean cosine similarity of the residual stream before and after each sublayer and block, as LLM-Drop scores
+    them.
+    """
     sums: dict[str, tuple[Tensor, int]] = {}
 
     def add(path: str, before: Tensor, after: Tensor) -> None:
@@ -249,7 +276,12 @@ def sublayer_cosines(stream: Stream, batch: Any, chunk: int) -> dict[str, Tensor
             for sub in subs:
                 state: dict[str, Tensor] = {}
                 norm = stream.model.get_submodule(sub.norm) if sub.norm else stream.model.get_submodule(sub.path)
-                handles.append(norm.register_forward_pre_hook(lambda m, a, k, st=state: st.__setitem__("x", a[0] if a else k["hidden_states"]), with_kwargs=True))
+                handles.append(
+                    norm.register_forward_pre_hook(
+                        lambda m, a, k, st=state: st.__setitem__("x", a[0] if a else k["hidden_states"]),
+                        with_kwargs=True,
+                    )
+                )
 
                 def hook(m: nn.Module, a: Any, out: Any, st: dict[str, Tensor] = state, p: str = sub.path) -> None:
                     add(p, st["x"], st["x"] + (out[0] if isinstance(out, tuple) else out).reshape(st["x"].shape))
@@ -267,13 +299,17 @@ def sublayer_cosines(stream: Stream, batch: Any, chunk: int) -> dict[str, Tensor
     return {path: (total / n).float() for path, (total, n) in sums.items()}
 
 
-def _rewrite_model(stream: Stream, step: tuple[Method, dict[str, Level]], batch: Any, chunk: int, done: Applied) -> Stream:
-    """A rewrite of the whole model: statistics in one pass over the blocks, then the model in memory, changed, is the new source."""
+def _rewrite_model(
+    stream: Stream, step: tuple[Method, dict[str, Level]], batch: Any, chunk: int, done: Applied
+) -> Stream:
+    """A rewrite of the whole model: statistics in one pass over the blocks, then the model in memory, changed, is the
+    new source.
+    """
     method, levels = step
     assert isinstance(method, Rewriter)
     needs, stats = set(method.needs()), {}
     if needs & {"gram", "mean", "absmean"}:
-        before, behind = _outside(stream, batch)
+        _, behind = _outside(stream, batch)
         flow = stream.begin(batch.inputs, chunk)
         for i in range(len(stream.paths)):
             with stream.loaded(i):

@@ -1,12 +1,12 @@
-"""A database of solved sites: every choice is solved once, then any combination is put together and measured end to end."""
+"""A database of solved sites: every choice is solved once, then any combination is put together and measured end to
+end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
-
-from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.table import Row
@@ -24,9 +24,22 @@ class Database:
         UserError: the model is too large to stay in memory, which measuring thousands of combinations needs.
     """
 
-    def __init__(self, stream: Stream, units: list[Unit], calibration: Any, search: Any, task: Any, chunk: int, reference: list[Tensor], seed: int) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        units: list[Unit],
+        calibration: Any,
+        search: Any,
+        task: Any,
+        chunk: int,
+        reference: list[Any],
+        seed: int,
+    ) -> None:
         if not stream.resident:
-            raise UserError("this allocator measures many combinations end to end, which needs a model that stays in memory; choose --allocator milp")
+            raise UserError(
+                "this allocator measures many combinations end to end, which needs a model that stays in memory; "
+                "choose --allocator milp"
+            )
         self.stream, self.units, self.search, self.task = stream, {u.name: u for u in units}, search, task
         self.chunk, self.reference, self.seed = chunk, reference, seed
         self.solved: dict[tuple[str, str], dict[str, Packed]] = {}

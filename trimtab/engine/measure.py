@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trimtab.engine.stream import Flow, Stream
 
@@ -23,18 +23,22 @@ def through(stream: Stream, batch: Any, chunk: int) -> Flow:
 
 
 @torch.no_grad()
-def references(stream: Stream, flow: Flow, batch: Any, task: Any, hidden: Sequence[Any] | None = None) -> list[Tensor]:
+def references(stream: Stream, flow: Flow, batch: Any, task: Any, hidden: Sequence[Any] | None = None) -> list[Any]:
     """For each chunk what the task keeps of the original's outputs, to compare with."""
     return [task.reference(out, part.labels) for part, out in _outputs(stream, flow, batch, hidden)]
 
 
 @torch.no_grad()
-def scores(stream: Stream, flow: Flow, batch: Any, task: Any, reference: list[Tensor] | None, hidden: Sequence[Any] | None = None) -> Any:
+def scores(
+    stream: Stream, flow: Flow, batch: Any, task: Any, reference: list[Any] | None, hidden: Sequence[Any] | None = None
+) -> Any:
     """Scores of every item from final hidden states."""
     from trimtab.tasks.base import join
 
     outputs = _outputs(stream, flow, batch, hidden)
-    return join([task.score(out, part.labels, reference[i] if reference else None) for i, (part, out) in enumerate(outputs)])
+    return join(
+        [task.score(out, part.labels, reference[i] if reference else None) for i, (part, out) in enumerate(outputs)]
+    )
 
 
 def _outputs(stream: Stream, flow: Flow, batch: Any, hidden: Sequence[Any] | None) -> Any:
@@ -45,21 +49,31 @@ def _outputs(stream: Stream, flow: Flow, batch: Any, hidden: Sequence[Any] | Non
         start = stop
 
 
-def measure(stream: Stream, batch: Any, task: Any, chunk: int, reference: list[Tensor] | None = None) -> Any:
+def measure(stream: Stream, batch: Any, task: Any, chunk: int, reference: list[Any] | None = None) -> Any:
     """Scores of the model as it stands."""
     return scores(stream, through(stream, batch, chunk), batch, task, reference)
 
 
+def _status(key: str) -> int:
+    """Bytes that the kernel reports of this process under a key of `/proc/self/status`; 0 where there is no such
+    file.
+    """
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(key + ":")), 0)
+
+
+def held_bytes() -> int:
+    """Memory that this process holds now."""
+    return _status("VmRSS")
+
+
 def peak_bytes() -> int:
-    """Most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most memory that this process has held since its start, or since `forget_peak`."""
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def anonymous_bytes() -> int:
-    """Memory that this process holds now and that no file backs."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_bytes()
-    line = next(x for x in status.read_text().splitlines() if x.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
+def forget_peak() -> None:
+    """Count the peak from now on, where the system lets us."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,7 +1,9 @@
 """Probe: what each choice for each unit does to the model's outputs, with everything else as it was.
 
-One pass of the original gives each block's input. At a block, each choice of each of its units is solved, put in place for a moment, and the block
-run: the results are variants of the hidden states, which then go on through the remaining blocks side by side, each block's weights being
+One pass of the original gives each block's input. At a block, each choice of each of its units is solved, put in place
+for a moment, and the block
+run: the results are variants of the hidden states, which then go on through the remaining blocks side by side, each
+block's weights being
 loaded once for all of them. Damage is the mean KL divergence to the original's outputs.
 """
 
@@ -65,7 +67,9 @@ class Unit:
         return sum(s.weights for s in self.sites)
 
 
-def units_of(stream: Stream, menu: Mapping[str, Iterable[str]], couple: bool, legal: Callable[[Level, Site], bool]) -> list[Unit]:
+def units_of(
+    stream: Stream, menu: Mapping[str, Iterable[str]], couple: bool, legal: Callable[[Level, Site], bool]
+) -> list[Unit]:
     """The units of a model: sites that read one tensor share a choice where `couple` says so, as fused kernels need it.
 
     Args:
@@ -81,7 +85,11 @@ def units_of(stream: Stream, menu: Mapping[str, Iterable[str]], couple: bool, le
         members = tuple(stream.sites[p] for p in group_of.get(site.path, (site.path,)) if p in stream.sites)
         members = tuple(m for m in members if m.kind == site.kind) or (site,)
         seen |= {m.path for m in members}
-        choices = tuple(c for c in menu[site.kind] if all(_fits(Choice.parse(c), m) and legal(Choice.parse(c).level, m) for m in members))
+        choices = tuple(
+            c
+            for c in menu[site.kind]
+            if all(_fits(Choice.parse(c), m) and legal(Choice.parse(c).level, m) for m in members)
+        )
         name = members[0].path + (f"+{len(members) - 1}" if len(members) > 1 else "")
         units.append(Unit(name, members, choices))
     return units
@@ -109,7 +117,7 @@ def probe(
     chunk: int,
     *,
     seed: int = 0,
-    reference: list[torch.Tensor],
+    reference: list[Any],
     step: Callable[[str, Callable[[], Any]], Any],
     drops: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -164,7 +172,9 @@ def probe(
                         with stream.loaded(i):
                             flow.hidden = stream.forward(i, flow)
                     hidden = flow.hidden if place == "before" else look.hidden
-                    value = scores(stream, flow if place == "before" else look, search, task, reference, hidden).damage()
+                    value = scores(
+                        stream, flow if place == "before" else look, search, task, reference, hidden
+                    ).damage()
                 rows.append([unit.name, text, sum(p.nbytes for p in packed.values()), value])
         return {"rows": rows, "drops": {}}
 
@@ -186,7 +196,9 @@ def probe(
                 for text in unit.choices:
                     packed = _solve_unit(stream, unit, text, stats, seed)
                     with stream.swapped(packed):
-                        variants.append(([unit.name, text, sum(p.nbytes for p in packed.values())], stream.forward(index, look)))
+                        variants.append(
+                            ([unit.name, text, sum(p.nbytes for p in packed.values())], stream.forward(index, look))
+                        )
             for sub in stream.map.sublayers if drops else ():
                 if sub.block == index and sub.kind != "block":
                     path = sublayer_path(stream.map, sub)
@@ -216,14 +228,22 @@ def probe(
     return [Row(u, text, size, 0.0, damage, weights[u]) for u, text, size, damage in measured], dropped
 
 
-def _solve_unit(stream: Stream, unit: Unit, text: str, stats: Mapping[str, Mapping[str, torch.Tensor]], seed: int) -> dict[str, Packed]:
+def _solve_unit(
+    stream: Stream, unit: Unit, text: str, stats: Mapping[str, Mapping[str, torch.Tensor]], seed: int
+) -> dict[str, Packed]:
     choice = Choice.parse(text)
     assert isinstance(choice.method, Solver)
-    return {s.path: solve(choice.method, s, stream.weight(s), choice.level, stats.get(s.path, {}), seed) for s in unit.sites}
+    return {
+        s.path: solve(choice.method, s, stream.weight(s), choice.level, stats.get(s.path, {}), seed) for s in unit.sites
+    }
 
 
-def plan_of(choice: Mapping[str, Row], units: Iterable[Unit], dropper: Choice | None = None, dropped: Iterable[str] = ()) -> Steps:
-    """The steps that a choice of rows means: solvers of one method and configuration share a step; sublayers are dropped first."""
+def plan_of(
+    choice: Mapping[str, Row], units: Iterable[Unit], dropper: Choice | None = None, dropped: Iterable[str] = ()
+) -> Steps:
+    """The steps that a choice of rows means: solvers of one method and configuration share a step; sublayers are
+    dropped first.
+    """
     steps: dict[str, tuple[Method, dict[str, Level]]] = {}
     if dropper and (gone := list(dropped)):
         steps["drop"] = (dropper.method, dict.fromkeys(gone, dropper.level))
@@ -235,4 +255,3 @@ def plan_of(choice: Mapping[str, Row], units: Iterable[Unit], dropper: Choice | 
         _, levels = steps.setdefault(repr(picked.method), (picked.method, {}))
         levels.update({s.path: picked.level for s in unit.sites})
     return list(steps.values())
-

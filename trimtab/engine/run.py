@@ -1,4 +1,6 @@
-"""Run a model: packed linears that unpack as they are used, text token by token, and the check of an artifact in a fresh process."""
+"""Run a model: packed linears that unpack as they are used, text token by token, and the check of an artifact in a
+fresh process.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ class PackedLinear(nn.Module):
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokens: Tensor, limit: int, *, stop: frozenset[int] = frozenset(), temperature: float = 0.0, seed: int = 0
+    model: nn.Module,
+    tokens: Tensor,
+    limit: int,
+    *,
+    stop: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Iterator[int]:
     """Tokens one after the other, greedy at temperature 0, with the model's own cache.
 

@@ -1,10 +1,11 @@
-"""Where solved weights are kept: in memory, or on disk beside the journal, committed place by place and read back when wanted."""
+"""Where solved weights are kept: in memory, or on disk beside the journal, committed place by place and read back
+when wanted.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, MutableMapping
-from pathlib import Path
 
 from trimtab.core.journal import Journal
 from trimtab.core.level import parse_level

@@ -1,4 +1,6 @@
-"""Statistics of sites, all that a step asks for in one pass over a block; linears that read one tensor share what is collected."""
+"""Statistics of sites, all that a step asks for in one pass over a block; linears that read one tensor share what is
+collected.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.core.site import Site
@@ -18,7 +19,9 @@ def rows_of(x: Tensor, module: nn.Module, site: Site) -> Tensor:
     """A site's input as rows `[n, in]` fp32; a convolution's is unfolded into patches."""
     if site.kind == "conv" and isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise NotImplementedError(f"{site.path}: statistics of a convolution with padding {module.padding_mode}/{module.padding}")
+            raise NotImplementedError(
+                f"{site.path}: statistics of a convolution with padding {module.padding_mode}/{module.padding}"
+            )
         patches = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
         return patches.transpose(1, 2).reshape(-1, patches.shape[1]).float()
     return x.reshape(-1, x.shape[-1]).float()
@@ -27,7 +30,9 @@ def rows_of(x: Tensor, module: nn.Module, site: Site) -> Tensor:
 class Collector:
     """Sums of what the sites asked for, over every forward while it is attached."""
 
-    def __init__(self, sites: Iterable[Site], siblings: Iterable[tuple[str, ...]], wanted: Mapping[str, Iterable[str]]) -> None:
+    def __init__(
+        self, sites: Iterable[Site], siblings: Iterable[tuple[str, ...]], wanted: Mapping[str, Iterable[str]]
+    ) -> None:
         self.wanted = {s.path: INPUT_STATS & set(wanted.get(s.path, ())) for s in sites}
         self.sites = {s.path: s for s in sites if self.wanted[s.path] and gathers(s)}
         self.leader = {p: g[0] if g[0] in self.sites else p for g in siblings for p in g if p in self.sites}
@@ -70,7 +75,9 @@ class Collector:
 
 
 def gathers(site: Site) -> bool:
-    """Whether input statistics can be collected at the site: not for embeddings, nor grouped convolutions, whose patches mix groups."""
+    """Whether input statistics can be collected at the site: not for embeddings, nor grouped convolutions, whose
+    patches mix groups.
+    """
     return site.kind in ("linear", "head") or (site.kind == "conv" and site.groups == 1 and len(site.shape) == 4)
 
 

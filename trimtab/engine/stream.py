@@ -1,7 +1,10 @@
-"""A model that passes by block after block: the weights of one block are resident, the hidden states of all items move on.
+"""A model that passes by block after block: the weights of one block are resident, the hidden states of all items move
+on.
 
-The model's own forward says what goes into each block beside the hidden states (positions, masks, embeddings of positions): it is run once with
-its blocks bypassed, and what each was called with is kept. It is run a second time, the last block giving the finished hidden states, for
+The model's own forward says what goes into each block beside the hidden states (positions, masks, embeddings of
+positions): it is run once with
+its blocks bypassed, and what each was called with is kept. It is run a second time, the last block giving the finished
+hidden states, for
 everything behind the blocks. So no architecture needs a table, and any module whose blocks follow one another streams.
 A model without repeated blocks is taken as one block.
 """
@@ -53,7 +56,9 @@ class Stream:
         resident: keep all weights in memory; None decides by size.
     """
 
-    def __init__(self, source: Any, modelmap: Any, extra: Mapping[str, Any] | None = None, resident: bool | None = None) -> None:
+    def __init__(
+        self, source: Any, modelmap: Any, extra: Mapping[str, Any] | None = None, resident: bool | None = None
+    ) -> None:
         self.source, self.map, self.extra = source, modelmap, dict(extra or {})
         self.model: nn.Module = source.skeleton()
         self.sites: dict[str, Site] = own_sites(modelmap)
@@ -142,7 +147,10 @@ class Stream:
                 else:
                     site = self.sites[path]
                     modules = self._tied(site)
-                    before, bias = modules[0]._parameters["weight"], self.model.get_submodule(path)._parameters.get("bias")
+                    before, bias = (
+                        modules[0]._parameters["weight"],
+                        self.model.get_submodule(path)._parameters.get("bias"),
+                    )
                     old.append(lambda ms=modules, b=before, p=path, v=bias: self._restore(ms, b, p, v))
                     self._place(site, packed)
             yield
@@ -177,7 +185,12 @@ class Stream:
         tensors = model.state_dict(keep_vars=True)
         source = replace(self.source, skeleton=lambda: model, read=lambda n: tensors[n].detach(), names=tuple(tensors))
         inputs = {k: v[:1] for k, v in batch.inputs.items()}
-        return Stream(source, trace(model, inputs if self.source.config.get("architectures") else tuple(inputs.values())), self.extra, resident=True)
+        return Stream(
+            source,
+            trace(model, inputs if self.source.config.get("architectures") else tuple(inputs.values())),
+            self.extra,
+            resident=True,
+        )
 
     # ---- passing items through
 
@@ -185,6 +198,11 @@ class Stream:
         if self.source.config.get("architectures"):
             return self.model(**inputs, **self.extra)
         return self.model(*inputs.values())
+
+    @torch.no_grad()
+    def once(self, inputs: Mapping[str, Tensor]) -> Any:
+        """One plain forward of a model that is in memory."""
+        return self._call(inputs)
 
     @torch.no_grad()
     def begin(self, inputs: Mapping[str, Tensor], chunk: int) -> Flow:
@@ -267,7 +285,7 @@ def _owners(model: nn.Module, known: set[str]) -> dict[str, list[tuple[nn.Module
         if name in known:
             first.setdefault(id(tensor), name)
     owners: dict[str, list[tuple[nn.Module, str]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for module in model.modules():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and id(tensor) in first:
                 owners.setdefault(first[id(tensor)], []).append((module, key))

@@ -1,4 +1,6 @@
-"""Minifloat grids: every non-negative value that `e` exponent and `m` mantissa bits can say, in the order of its code."""
+"""Minifloat grids: every non-negative value that `e` exponent and `m` mantissa bits can say, in the order of its
+code.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from torch import Tensor
 def magnitudes(e: int, m: int) -> Tensor:
     """The 2**(e+m) non-negative values of a minifloat without infinities, ascending, fp32; subnormals included.
 
-    The bias is 2**(e-1) - 1, as in the OCP formats. E4M3 gives up its largest code, which OCP keeps for NaN, and so ends at 448;
-    E5M2 gives up its last exponent, as IEEE does, and ends at 57344.
+    The bias is 2**(e-1) - 1, as in the OCP formats. E4M3 gives up its largest code, which OCP keeps for NaN, and so
+    ends at 448; E5M2 gives up its last exponent, as IEEE does, and ends at 57344.
 
     >>> magnitudes(2, 1)
     tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 3.0000, 4.0000, 6.0000])

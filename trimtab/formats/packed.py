@@ -54,8 +54,8 @@ class Packed:
 def store_scale(scale: Tensor, kind: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Round positive scales to what `kind` can hold: the scales as they will be read back (fp32), and what is stored.
 
-    `e8m0` takes the power of two at or above (so that nothing of the block is clipped); `e4m3` divides by a matrix scale first,
-    max / 448, as NVFP4 does.
+    `e8m0` takes the power of two at or above (so that nothing of the block is clipped); `e4m3` divides by a matrix
+    scale first, max / 448, as NVFP4 does.
     """
     tiny = torch.finfo(torch.float32).tiny
     if kind == "f16":
@@ -92,7 +92,9 @@ def spread(per_group: Tensor, group: int | None, cols: int) -> Tensor:
 
 
 def pack_int(codes: Tensor, scale: Mapping[str, Tensor], zero: Tensor | None, level: Int, shape: Shape) -> Packed:
-    """Integers: `codes [out, in]` in 0..2**bits-1 (symmetric levels store code + 2**(bits-1)), what `store_scale` stored, zero points `[out, groups]`."""
+    """Integers: `codes [out, in]` in 0..2**bits-1 (symmetric levels store code + 2**(bits-1)), what `store_scale`
+    stored, zero points `[out, groups]`.
+    """
     tensors = {"codes": pack_bits(codes, level.bits), **scale}
     if zero is not None:
         tensors["zero"] = zero.to(torch.uint8)
@@ -105,7 +107,9 @@ def pack_float(codes: Tensor, scale: Mapping[str, Tensor], level: Float, shape: 
 
 
 def pack_codebook(indices: list[Tensor], books: list[Tensor], level: Codebook, shape: Shape) -> Packed:
-    """Vectors: for the codebook and, if any, the residual codebook, indices `[out, ceil(in / dim)]` and codewords `[size, dim]`."""
+    """Vectors: for the codebook and, if any, the residual codebook, indices `[out, ceil(in / dim)]` and codewords
+    `[size, dim]`.
+    """
     tensors = {}
     for name, index, book, size in zip(("", "residual_"), indices, books, (level.size, level.residual), strict=False):
         tensors[f"{name}codes"] = pack_bits(index, int(log2(size)))
@@ -121,7 +125,9 @@ def pack_sparse(weight: Tensor, mask: Tensor, level: Sparse, shape: Shape) -> Pa
 
 
 def pack_nm(weight: Tensor, mask: Tensor, level: NM, shape: Shape) -> Packed:
-    """N:M: `mask [out, in]` true for at most `n` of every `m` neighbours of a row; a short last group is padded with zeros."""
+    """N:M: `mask [out, in]` true for at most `n` of every `m` neighbours of a row; a short last group is padded with
+    zeros.
+    """
     rows, cols = rows_cols(shape)
     groups = ceil(cols / level.m)
     pad = groups * level.m - cols
@@ -135,7 +141,9 @@ def pack_nm(weight: Tensor, mask: Tensor, level: NM, shape: Shape) -> Packed:
 
 
 def pack_rank(left: Tensor, right: Tensor, bias: Tensor | None, level: Rank, shape: Shape) -> Packed:
-    """Two factors `left [out, rank] @ right [rank, in]`, and the mean-correcting bias `[out]` where the level has one."""
+    """Two factors `left [out, rank] @ right [rank, in]`, and the mean-correcting bias `[out]` where the level has
+    one.
+    """
     tensors = {"left": left.to(torch.float16).contiguous(), "right": right.to(torch.float16).contiguous()}
     if level.bias:
         assert bias is not None
@@ -159,7 +167,8 @@ def pack_dense(weight: Tensor, level: Dense) -> Packed:
 
 
 def hadamard_blocks(weight: Tensor, block: int) -> Tensor:
-    """Multiply every `block` columns by the orthonormal Hadamard matrix of that size: its own inverse, for it is symmetric.
+    """Multiply every `block` columns by the orthonormal Hadamard matrix of that size: its own inverse, for it is
+    symmetric.
 
     A short last group is left as it is.
     """

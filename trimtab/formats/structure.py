@@ -1,7 +1,8 @@
 """How a changed structure is recorded, and rebuilt without running anyone's code.
 
-An edit is a small dict of JSON values, `{"op": ..., "path": ..., ...}`; a changed model is its original configuration and a list of
-edits, replayed in order on the skeleton that the configuration gives. Paths are those at the time of the edit.
+An edit is a small dict of JSON values, `{"op": ..., "path": ..., ...}`; a changed model is its original configuration
+and a list of edits, replayed in order on the skeleton that the configuration gives. Paths are those at the time of the
+edit.
 
 | op | what it does | arguments |
 |---|---|---|
@@ -20,7 +21,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ LARGEST = 1 << 24  # no dimension of a weight is larger; a file that says so is 
 
 
 class Dropped(nn.Module):
-    """Stands for a module that was removed: zeros of the shape of its input, in the structure that the original returned.
+    """Stands for a module that was removed: zeros of the shape of its input, in the structure of the original's output.
 
     Args:
         returns: items of the tuple that the original returned, zeros first and None after; 0: it returned a tensor.
@@ -45,7 +46,7 @@ class Dropped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-        # Made from a shape, not from x: whoever traces the model then sees a constant, and the residual runs straight on.
+        # Made from a shape, not from x: whoever traces the model sees a constant, and the residual runs straight on.
         shape = x.shape if self.width is None else (*x.shape[:-1], self.width)
         zeros = torch.zeros(shape, dtype=x.dtype, device=x.device)
         return (zeros, *[None] * (self.returns - 1)) if self.returns else zeros
@@ -55,10 +56,10 @@ class Dropped(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """A matrix on the residual around a branch: x -> x S + f(norm(x)), S = I + weight^T, without touching the block's code.
+    """A matrix on the residual around a branch, the block's code untouched: x -> x S + f(norm(x)), S = I + weight^T.
 
-    The norm's input x is kept when the norm runs, and x (S - I) is added to what the branch returns; the block's own addition of
-    x completes the sum.
+    The norm's input x is kept when the norm runs, and x (S - I) is added to what the branch returns; the block's own
+    addition of x completes the sum.
 
     Args:
         width: size of the residual.
@@ -77,7 +78,9 @@ class Shortcut(nn.Module):
         x = args[0] if args else next(iter(kwargs.values()))
         owner = getattr(x, "_shortcut", self)
         if owner is not self:
-            raise UserError("two branches read the same state of the residual, so it can turn only once: slice with shared=True")
+            raise UserError(
+                "two branches read the same state of the residual, so it can turn only once: slice with shared=True"
+            )
         x._shortcut = self
         self._held = x
 
@@ -111,35 +114,37 @@ def flipped(module: nn.Module) -> bool:
 
 def weight_of(module: nn.Module) -> Tensor:
     """A module's weight as methods see it: `[out, in, ...]`, `[width]` of a norm."""
-    weight = module.weight.detach()
+    weight = module.get_parameter("weight").detach()
     return weight.transpose(0, 1) if flipped(module) else weight
 
 
 def put_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
     """Store values of the module's own shape, in its own type; a bias only where one is given."""
     with torch.no_grad():
-        module.weight.copy_(weight.transpose(0, 1) if flipped(module) else weight)
+        module.get_parameter("weight").copy_(weight.transpose(0, 1) if flipped(module) else weight)
         if bias is not None:
-            module.bias.copy_(bias)
+            module.get_parameter("bias").copy_(bias)
 
 
 def swap(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put another module at a path; hooks of shortcuts move along with the place."""
     old = model.get_submodule(path)
-    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"):
-        getattr(new, hooks).update(getattr(old, hooks))
+    for when in ("forward_pre_hooks", "forward_hooks"):
+        getattr(new, f"_{when}").update(getattr(old, f"_{when}"))
+        getattr(new, f"_{when}_with_kwargs").update(getattr(old, f"_{when}_with_kwargs"))
     parent, _, key = path.rpartition(".")
     setattr(model.get_submodule(parent), key, new.train(old.training))
 
 
 def returned(module: nn.Module) -> int:
-    """How many items the tuple has that a module's forward returns; 0 where it returns one value. Read from the source, not run."""
+    """How many items the tuple has that a module's forward returns, by its source; 0 where it returns one value."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
         body = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError):
         return 0
-    found, queue = [], list(ast.iter_child_nodes(body))
+    found: list[int] = []
+    queue = list(ast.iter_child_nodes(body))
     while queue:
         node = queue.pop()
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
@@ -155,8 +160,8 @@ def returned(module: nn.Module) -> int:
 def replay(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
     """Apply edits in order to a skeleton made from the original configuration; weights are loaded afterwards.
 
-    The model is changed in place, and so is its `config` where blocks are removed or weights untied. New parameters lie on the
-    device of the old ones, with no values.
+    The model is changed in place, and so is its `config` where blocks are removed or weights untied. New parameters lie
+    on the device of the old ones, with no values.
 
     Raises:
         UserError: an edit that is not one of the table above, a path that is no module, a shape that makes no sense.
@@ -195,7 +200,8 @@ def apply_edit(model: nn.Module, edit: Mapping[str, Any]) -> None:
         if name not in parameters:
             raise UserError(f"edit {op} of {path!r}: it takes {', '.join(parameters) or 'no arguments'}, not {name!r}")
         if not _fits(value, str(parameters[name].annotation)):
-            raise UserError(f"edit {op} of {path!r}: {name}={value!r:.80} was given, {parameters[name].annotation} is needed")
+            needed = parameters[name].annotation
+            raise UserError(f"edit {op} of {path!r}: {name}={value!r:.80} was given, {needed} is needed")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
     if missing:
         raise UserError(f"edit {op} of {path!r} lacks {', '.join(missing)}")
@@ -224,7 +230,9 @@ def _module(model: nn.Module, op: str, path: str) -> nn.Module:
             return model.get_submodule(path)
     except AttributeError:
         pass
-    raise UserError(f"edit {op}: the model has no module {path!r}; the edits belong to another model, or to another state of it")
+    raise UserError(
+        f"edit {op}: the model has no module {path!r}; the edits belong to another model or another state of it"
+    )
 
 
 def _parameter(like: Tensor, shape: Iterable[int]) -> nn.Parameter:
@@ -248,7 +256,9 @@ def _remove(model: nn.Module, path: str) -> None:
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not key.isdigit() or len(blocks) < 2:
         raise UserError(f"edit remove: {path!r} is no block of a list of at least two")
     if any(isinstance(m, Shortcut) for m in blocks[int(key)].modules()):
-        raise UserError(f"edit remove: {path!r} turns the residual to the next block's basis; drop blocks before slicing, not after")
+        raise UserError(
+            f"edit remove: {path!r} turns the residual for the next block; drop blocks before slicing, not after"
+        )
     types = _cache_types(model)
     if (config := _list_config(model, path, len(blocks))) is not None:
         for name, value in list(vars(config).items()):
@@ -261,10 +271,10 @@ def _remove(model: nn.Module, path: str) -> None:
 
 def _resize(model: nn.Module, path: str, shape: list[int], bias: bool | None = None, groups: int | None = None) -> None:
     parent, _, key = path.rpartition(".")
-    owner = model.get_submodule(parent) if path not in dict(model.named_modules()) and parent in dict(model.named_modules()) else None
-    if owner is not None and isinstance(owner._parameters.get(key), Tensor):
-        _check_shape(path, shape, tuple(owner._parameters[key].shape))
-        owner._parameters[key] = _parameter(owner._parameters[key], shape)
+    modules = dict(model.named_modules())
+    if path not in modules and parent in modules and (bare := modules[parent]._parameters.get(key)) is not None:
+        _check_shape(path, shape, tuple(bare.shape))
+        modules[parent]._parameters[key] = _parameter(bare, shape)
         return
     module = _module(model, "resize", path)
     old = module._parameters.get("weight")
@@ -276,20 +286,23 @@ def _resize(model: nn.Module, path: str, shape: list[int], bias: bool | None = N
         before, after = module.groups, groups or module.groups
         _check_shape(path, shape, seen, grouped=before > 1)
         if shape[0] % after or list(seen[2:]) != shape[2:]:
-            raise UserError(f"edit resize of {path!r}: {shape} cannot be split into {after} groups of the kernel {list(seen[2:])}")
+            kernel = list(seen[2:])
+            raise UserError(f"edit resize of {path!r}: {shape} does not make {after} groups of the kernel {kernel}")
         module.groups, module.out_channels, module.in_channels = after, shape[0], shape[1] * after
     else:
         _check_shape(path, shape, seen)
-    for table in (module._parameters, module._buffers):
-        for name, value in table.items():
-            if name != "weight" and value is not None and tuple(value.shape) == seen[:1]:
-                fresh = _parameter(value, shape[:1])
-                table[name] = fresh if table is module._parameters else fresh.detach()
+    for name, value in [*module._parameters.items(), *module._buffers.items()]:
+        if name != "weight" and value is not None and tuple(value.shape) == seen[:1]:
+            fresh = _parameter(value, shape[:1])
+            if name in module._parameters:
+                module._parameters[name] = fresh
+            else:
+                module._buffers[name] = fresh.detach()
     if bias and module._parameters.get("bias") is None:
         module._parameters["bias"] = _parameter(old, shape[:1])
     module._parameters["weight"] = _parameter(old, stored)
-    sizes = {"out_features": shape[0], "nf": shape[0], "num_embeddings": shape[0], "num_features": shape[0]}
-    sizes |= {"in_features": shape[-1], "nx": shape[-1], "embedding_dim": shape[-1], "normalized_shape": tuple(shape[-1:])}
+    sizes: dict[str, Any] = dict.fromkeys(("out_features", "nf", "num_embeddings", "num_features"), shape[0])
+    sizes |= dict.fromkeys(("in_features", "nx", "embedding_dim"), shape[-1]) | {"normalized_shape": (shape[-1],)}
     for name, size in sizes.items():
         if name in vars(module):
             setattr(module, name, size)
@@ -297,7 +310,9 @@ def _resize(model: nn.Module, path: str, shape: list[int], bias: bool | None = N
 
 def _check_shape(path: str, shape: list[int], seen: tuple[int, ...], grouped: bool = False) -> None:
     if len(shape) != len(seen) or (any(a > b for a, b in zip(shape, seen, strict=True)) and not grouped):
-        raise UserError(f"edit resize of {path!r}: it has the shape {list(seen)}, and {shape} was asked for; dimensions only shrink")
+        raise UserError(
+            f"edit resize of {path!r}: its shape is {list(seen)}, {shape} was asked for; dimensions only shrink"
+        )
 
 
 def _norm(model: nn.Module, path: str, width: int, eps: float = 1e-6) -> None:
@@ -310,17 +325,19 @@ def _norm(model: nn.Module, path: str, width: int, eps: float = 1e-6) -> None:
 
 def _factor(model: nn.Module, path: str, rank: int) -> None:
     old = _module(model, "factor", path)
-    shape = tuple(weight_of(old).shape) if isinstance(getattr(old, "weight", None), Tensor) else ()
-    if len(shape) < 2 or not 1 <= rank <= LARGEST or isinstance(old, nn.Embedding) or getattr(old, "groups", 1) != 1:
-        raise UserError(f"edit factor of {path!r} ({type(old).__name__}): rank {rank} of a linear or plain convolution was expected")
-    bias, made = getattr(old, "bias", None) is not None, {"device": old.weight.device, "dtype": old.weight.dtype}
-    if isinstance(old, nn.modules.conv._ConvNd):
-        spread = {k: getattr(old, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-        right = type(old)(shape[1], rank, bias=False, **spread, **made)
-        left = type(old)(rank, shape[0], 1, bias=bias, **made)
+    plain = isinstance(old, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or (flipped(old) and hasattr(old, "nf"))
+    if not plain or getattr(old, "groups", 1) != 1 or rank < 1:
+        found = type(old).__name__
+        raise UserError(f"edit factor: {path!r} is {found}, the rank {rank}; a linear or plain convolution is factored")
+    rows, cols = weight_of(old).shape[:2]
+    like, bias = old.get_parameter("weight"), old._parameters.get("bias") is not None
+    made: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    kind: Any = type(old) if isinstance(old, nn.modules.conv._ConvNd) else nn.Linear
+    if kind is nn.Linear:
+        right, left = kind(cols, rank, bias=False, **made), kind(rank, rows, bias=bias, **made)
     else:
-        right = nn.Linear(shape[1], rank, bias=False, **made)
-        left = nn.Linear(rank, shape[0], bias=bias, **made)
+        spread = {k: getattr(old, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        right, left = kind(cols, rank, bias=False, **spread, **made), kind(rank, rows, 1, bias=bias, **made)
     swap(model, path, Factored(right, left))
 
 
@@ -344,22 +361,30 @@ def _untie(model: nn.Module, path: str) -> None:
         raise UserError(f"edit untie: {path!r} has no weight")
     own = weight.detach().clone() if not weight.is_meta else torch.empty_like(weight)
     module._parameters["weight"] = nn.Parameter(own, requires_grad=weight.requires_grad)
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied:
+    whole: Any = model
+    if tied := getattr(model, "all_tied_weights_keys", None):
         name = f"{path}.weight"
-        model.all_tied_weights_keys = {k: v for k, v in tied.items() if name not in (k, v)}
+        whole.all_tied_weights_keys = {k: v for k, v in tied.items() if name not in (k, v)}
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        model.config.tie_word_embeddings = False
+        whole.config.tie_word_embeddings = False
 
 
-OPS = {"drop": _drop, "remove": _remove, "resize": _resize, "norm": _norm, "factor": _factor, "shortcut": _shortcut, "untie": _untie}
+OPS: dict[str, Callable[..., None]] = {
+    "drop": _drop,
+    "remove": _remove,
+    "resize": _resize,
+    "norm": _norm,
+    "factor": _factor,
+    "shortcut": _shortcut,
+    "untie": _untie,
+}
 
 
 # ---- which edits drop a sublayer or a block
 
 
 def branch_path(modelmap: Any, sublayer: Any) -> str | None:
-    """The module that holds all linears of a sublayer and nothing else of its block; None where they lie loose in the block."""
+    """The module that holds all linears of a sublayer and no other's; None where they lie loose in the block."""
     paths = [p.split(".") for p in (*sublayer.inputs, *sublayer.outputs)]
     shared = []
     for parts in zip(*paths, strict=False):
@@ -380,8 +405,8 @@ def sublayer_path(modelmap: Any, sublayer: Any) -> str:
 def drop_edits(model: nn.Module, modelmap: Any, path: str) -> list[dict[str, Any]]:
     """The edits that drop a sublayer or a whole block.
 
-    With a sublayer go the norm that it alone reads, and a norm behind it that has a shift (which would not give zero for zero). Where
-    no module holds the sublayer, each of its linears goes; all but those that write into the residual then give nothing at all.
+    With a sublayer goes the norm that it alone reads. Where no module holds the sublayer, each of its linears goes; all
+    but those that write into the residual then give nothing at all.
 
     Args:
         model: the model as it is now; it is not changed.
@@ -389,11 +414,11 @@ def drop_edits(model: nn.Module, modelmap: Any, path: str) -> list[dict[str, Any
         path: a sublayer's (`sublayer_path`) or a block's.
 
     Raises:
-        UserError: no sublayer or block has that path.
+        UserError: no sublayer or block has that path, or a norm with a shift lies behind it, which makes more of zeros.
     """
     if path in modelmap.blocks:
         return [{"op": "remove", "path": path}]
-    sublayer = next((s for s in modelmap.sublayers if path in (sublayer_path(modelmap, s), branch_path(modelmap, s))), None)
+    sublayer = next((s for s in modelmap.sublayers if path == sublayer_path(modelmap, s)), None)
     if sublayer is None or sublayer.kind == "block":
         raise UserError(f"{path!r} was to be dropped, and is no sublayer or block of this model")
     holder = branch_path(modelmap, sublayer)
@@ -407,11 +432,10 @@ def drop_edits(model: nn.Module, modelmap: Any, path: str) -> list[dict[str, Any
         edits = [{"op": "drop", "path": p, "width": width} for p, width in widths.items()]
     if sublayer.norm and set(modelmap.readers.get(sublayer.norm, ())) <= set(sublayer.inputs):
         edits.append({"op": "drop", "path": sublayer.norm})
-    shifted = {n.path for n in modelmap.norms if n.bias}
-    if sublayer.post_norm in shifted:
-        if modelmap.residual is None or not modelmap.residual.prenorm:
-            raise UserError(f"{path!r} was to be dropped, but the norm {sublayer.post_norm!r} behind it normalises the whole residual")
-        edits.append({"op": "drop", "path": sublayer.post_norm})
+    if any(n.path == sublayer.post_norm and n.bias for n in modelmap.norms):
+        raise UserError(
+            f"{path!r} was to be dropped, but the norm {sublayer.post_norm!r} behind it would add its shift"
+        )
     return edits
 
 
@@ -431,17 +455,14 @@ def _list_config(model: nn.Module, path: str, count: int) -> Any:
 def _holders(model: nn.Module) -> list[nn.Module]:
     """Modules that write to the cache: they have a place in it, and nothing inside them has, or had."""
     numbered = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-    return [
-        m
-        for m in numbered
-        if not any(c is not m and (isinstance(c, Dropped) or isinstance(getattr(c, "layer_idx", None), int)) for c in m.modules())
-    ]
+    inside = {m: {c for c in m.modules() if c is not m} for m in numbered}
+    return [m for m in numbered if not any(c in inside or isinstance(c, Dropped) for c in inside[m])]
 
 
 def _layer_types(model: nn.Module) -> list[Any]:
     config = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if config is not None and callable(getattr(config, "get_text_config", None)) else None
-    return list(getattr(text, "layer_types", None) or [])
+    reader = getattr(config, "get_text_config", None)
+    return list(getattr(reader(decoder=True), "layer_types", None) or []) if callable(reader) else []
 
 
 def _cache_types(model: nn.Module) -> dict[nn.Module, Any]:
@@ -452,22 +473,26 @@ def _cache_types(model: nn.Module) -> dict[nn.Module, Any]:
 
 
 def _renumber(model: nn.Module, types: Mapping[nn.Module, Any]) -> None:
-    """Close the gaps in the cache: the attentions left take the first places of their sort, so that each sort's first is in use.
+    """Close the gaps in the cache: the attentions left take the first places of their sort.
 
-    A cache answers how long it is, and how large the mask must be, from its first layer of a sort; an empty one there would restart the
-    positions at every decoded token.
+    A cache answers how long it is, and how large the mask must be, from its first layer of a sort; an empty one there
+    would restart the positions at every decoded token.
     """
     left = _holders(model)
     if len(left) == len(types):
         return
     if not left or any(getattr(m, "kv_shared_layer_index", None) is not None for m in left):
-        raise UserError("an attention was to be dropped that others need: the last one, or one of those that share keys and values")
+        raise UserError(
+            "an attention was to be dropped that is needed: the last one, or one that shares keys and values"
+        )
     used = [types[m] for m in left]
     layer_types = _layer_types(model)
-    # A sort that no attention is left of would keep its places empty; what the blocks there are called is free, as they attend to nothing.
+    # Places of a sort that no attention is left of would stay empty; the blocks there attend to nothing, so that any
+    # name will do for them.
     if layer_types and (stale := set(layer_types) - set(used)):
         layer_types = [used[0] if t in stale else t for t in layer_types]
-        model.config.get_text_config(decoder=True).layer_types = layer_types  # type: ignore[union-attr,operator]
+        whole: Any = model
+        whole.config.get_text_config(decoder=True).layer_types = layer_types
     places: dict[Any, list[int]] = {}
     for i, kind in enumerate(layer_types or [None] * len(types)):
         places.setdefault(kind, []).append(i)
@@ -482,10 +507,11 @@ def _renumber(model: nn.Module, types: Mapping[nn.Module, Any]) -> None:
 
 
 def plain_config_changes(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What to change in the original configuration so that it gives the edited model, as a plain Hugging Face folder; None if nothing does.
+    """What to change in the original configuration so that it gives the edited model; None if nothing does.
 
-    The candidates are the sizes that the edits leave; the answer is checked by building the model that they describe, on the meta device,
-    and comparing every name and shape.
+    With the changes, the edited model can be written as a plain Hugging Face folder. The candidates are the sizes that
+    the edits leave; the answer is checked by building the model that they describe, on the meta device, and comparing
+    every name and shape.
 
     Args:
         model: the edited model, with the configuration that `replay` left it.
@@ -501,13 +527,16 @@ def plain_config_changes(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -
         changes |= {k: v for k, v in vars(config).items() if "layer" in k and isinstance(v, list) and len(v) == count}
     if any(e["op"] == "untie" for e in edits):
         changes["tie_word_embeddings"] = False
-    table = model.get_input_embeddings()
-    hidden = table.weight.shape[-1] if isinstance(table, nn.Embedding) else config.hidden_size
+    whole: Any = model
+    table = whole.get_input_embeddings()
+    hidden = table.embedding_dim if isinstance(table, nn.Embedding) else config.hidden_size
     if hidden != config.hidden_size:
         changes["hidden_size"] = hidden
         changes["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shapes = {tuple(weight_of(m).shape) for m in model.modules() if isinstance(m, nn.Linear) or flipped(m)}
-    inner = sorted({rows for rows, cols in shapes if cols == hidden} & {cols for rows, cols in shapes if rows == hidden})
+    inner = sorted(
+        {rows for rows, cols in shapes if cols == hidden} & {cols for rows, cols in shapes if rows == hidden}
+    )
     inner_names = [n for n in ("intermediate_size", "ffn_dim", "n_inner") if hasattr(config, n)]
     tries = [{}, *({name: size} for name in inner_names for size in inner)]
     return next((changes | extra for extra in tries if _same_shapes(model, config, changes | extra)), None)

@@ -54,7 +54,7 @@ class LRT(Solver):
         """
         if level.bias:
             raise UserError(
-                f"lrt was asked for {level}, but it sees no data and so no mean to correct: use r{level.rank} or output-space"
+                f"lrt was asked for {level}, but it sees no data to take a mean of: use r{level.rank} or output-space"
             )
         left, right = truncated_svd(weight, level.rank, rng)
         return pack_rank(left, right, None, level, tuple(weight.shape))

@@ -1,6 +1,8 @@
-"""Artifacts: what `fit` hands over and `run` loads. Safetensors, the configuration, and `trimtab.json`; nothing of it is code.
+"""Artifacts: what `fit` hands over and `run` loads. Safetensors, the configuration, and `trimtab.json`; nothing of it
+is code.
 
-`trimtab.json` says for each packed weight its level and shape, the changes of structure, the plan, and where it all came from. A packed weight
+`trimtab.json` says for each packed weight its level and shape, the changes of structure, the plan, and where it all
+came from. A packed weight
 lies in the safetensors file as `<parameter>.<part>` (`model.layers.0.mlp.up_proj.weight.codes`).
 """
 
@@ -69,7 +71,12 @@ def write_artifact(
         for name, value in tensors:
             if isinstance(value, Packed):
                 shape, transposed = shapes[name]
-                packed[name] = {"level": str(value.level), "matrix": list(value.shape), "shape": shape, "transposed": transposed}
+                packed[name] = {
+                    "level": str(value.level),
+                    "matrix": list(value.shape),
+                    "shape": shape,
+                    "transposed": transposed,
+                }
                 for part, tensor in value.tensors.items():
                     yield f"{name}.{part}", tensor
             else:
@@ -83,7 +90,11 @@ def write_artifact(
             write_safetensors(flat(), temporary / "model.safetensors", shard_bytes=SHARD)
             for path in sidecars:
                 shutil.copyfile(path, temporary / path.name)
-            text = json.dumps({"format": FORMAT, **manifest, "packed": dict(sorted(packed.items()))}, separators=(",", ":"), sort_keys=True)
+            text = json.dumps(
+                {"format": FORMAT, **manifest, "packed": dict(sorted(packed.items()))},
+                separators=(",", ":"),
+                sort_keys=True,
+            )
             write_atomic(temporary / MANIFEST, lambda p: p.write_text(text) and None)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,7 +126,9 @@ def open_artifact(folder: Path | str) -> Contents:
     except (UnicodeDecodeError, json.JSONDecodeError, AssertionError, KeyError) as error:
         raise UserError(f"{path} is damaged; fit the model again") from error
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')!r}, and this Trimtab reads {FORMAT}; update one or the other")
+        raise UserError(
+            f"{path} has format {manifest.get('format')!r}, and this Trimtab reads {FORMAT}; update one or the other"
+        )
     checkpoint = Checkpoint(folder)
     names = set(checkpoint.names())
     packed: dict[str, Callable[[], Packed]] = {}
@@ -125,11 +138,20 @@ def open_artifact(folder: Path | str) -> Contents:
             parts = {part: f"{name}.{part}" for part in tensor_names(level)}
             size = sum(checkpoint.nbytes(p) for p in parts.values())
             if size != level.bytes(matrix):
-                raise UserError(f"{folder}: {name} holds {size} bytes, and {level} of {matrix} takes {level.bytes(matrix)}: the artifact is damaged; fit again")
+                raise UserError(
+                    f"{folder}: {name} holds {size} bytes, and {level} of {matrix} takes {level.bytes(matrix)}: the "
+                    "artifact is damaged; fit again"
+                )
         except (KeyError, TypeError, ValueError) as error:
-            raise error if isinstance(error, UserError) else UserError(f"{path}: the entry of {name} is damaged; fit the model again") from error
+            raise (
+                error
+                if isinstance(error, UserError)
+                else UserError(f"{path}: the entry of {name} is damaged; fit the model again")
+            ) from error
         names -= set(parts.values())
-        packed[name] = lambda level=level, matrix=matrix, parts=parts: Packed(level, matrix, {k: checkpoint.read(v) for k, v in parts.items()})
+        packed[name] = lambda level=level, matrix=matrix, parts=parts: Packed(
+            level, matrix, {k: checkpoint.read(v) for k, v in parts.items()}
+        )
     return Contents(folder, manifest, packed, tuple(sorted(names)), checkpoint.read)
 
 
@@ -145,14 +167,15 @@ def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None, p
     """The artifact's module with its weights, in eval mode, in fp32.
 
     Args:
-        skeleton: for a model that came from a Python function: makes that module again; the artifact itself names no code to run.
+        skeleton: for a model that came from a Python function: makes that module again; the artifact itself names no
+            code to run.
         packed: linears stay packed in memory and unpack for each use.
     """
     import torch
 
     from trimtab.formats.structure import replay
 
-    model = skeleton() if skeleton else _skeleton(contents)
+    model = skeleton() if skeleton else make_skeleton(contents)
     replay(model, contents.manifest.get("edits", []))
     if packed:
         _stay_packed(model, contents)
@@ -163,7 +186,11 @@ def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None, p
 
     fill(model, names, read)
     for name in contents.packed:
-        shift = contents.packed[name]().bias() if "bias" in tensor_names(parse_level(contents.manifest["packed"][name]["level"])) else None
+        shift = (
+            contents.packed[name]().bias()
+            if "bias" in tensor_names(parse_level(contents.manifest["packed"][name]["level"]))
+            else None
+        )
         if shift is not None:
             module = model.get_submodule(name.rpartition(".")[0])
             if not hasattr(module, "weight"):
@@ -191,13 +218,21 @@ def _stay_packed(model: nn.Module, contents: Contents) -> None:
             setattr(model.get_submodule(parent), key, PackedLinear(reader(), bias))
 
 
-def _skeleton(contents: Contents) -> nn.Module:
+def make_skeleton(contents: Contents) -> nn.Module:
+    """The original's module without weights, from the artifact's configuration.
+
+    Raises:
+        UserError: it came from a Python function, which an artifact does not hold.
+    """
     from trimtab.models.source import _on_meta
 
     path = contents.folder / "config.json"
     if not path.is_file():
         made_by = contents.manifest.get("source", {}).get("name", "a Python function")
-        raise UserError(f"{contents.folder} came from {made_by}; name that function again with --model, for an artifact holds no code")
+        raise UserError(
+            f"{contents.folder} came from {made_by}; name that function again with --model, for an artifact holds no "
+            "code"
+        )
     config = json.loads(path.read_text())
     if config.get("model_type") == "pocket-cnn":
         from trimtab.models.pocket.cnn import PocketCNN
@@ -209,4 +244,3 @@ def _skeleton(contents: Contents) -> nn.Module:
 def is_artifact(path: Path | str) -> bool:
     """Whether a folder is an artifact."""
     return (Path(path) / MANIFEST).is_file()
-

@@ -1,6 +1,7 @@
 """A model to work on: its skeleton without weights, its weights read on demand, and what else its folder holds.
 
-A name is one of: `pocket-lm` and its siblings, a local Hugging Face folder, `package.module:function` (a Python function that returns an
+A name is one of: `pocket-lm` and its siblings, a local Hugging Face folder, `package.module:function` (a Python
+function that returns an
 `nn.Module`), or a hub name that the local cache holds or the network gives.
 """
 
@@ -24,10 +25,30 @@ if TYPE_CHECKING:
 
 # what a folder must give along with the weights, and an artifact or export copies
 SIDECARS = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
+    *(
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+    ),
 )
-TASKS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForMaskedLM": "masked-lm", "ForImageClassification": "classification"}
+TASKS = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForImageClassification": "classification",
+}
 
 
 @dataclass
@@ -70,8 +91,12 @@ class Source:
         """
         from transformers import AutoTokenizer
 
-        if not self.folder or not any((self.folder / n).exists() for n in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")):
-            raise UserError(f"{self.name} has no tokenizer files (tokenizer.json); put the model's own tokenizer into its folder")
+        if not self.folder or not any(
+            (self.folder / n).exists() for n in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+        ):
+            raise UserError(
+                f"{self.name} has no tokenizer files (tokenizer.json); put the model's own tokenizer into its folder"
+            )
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a broken file
@@ -84,7 +109,9 @@ class Source:
         return model
 
 
-def fill(model: nn.Module, names: Iterable[str], read: Callable[[str], Tensor], dtype: torch.dtype | None = None) -> None:
+def fill(
+    model: nn.Module, names: Iterable[str], read: Callable[[str], Tensor], dtype: torch.dtype | None = None
+) -> None:
     """Give a skeleton its weights, in fp32 unless told otherwise; tied parameters stay tied."""
     import torch
 
@@ -96,12 +123,19 @@ def fill(model: nn.Module, names: Iterable[str], read: Callable[[str], Tensor], 
                 continue
             full = f"{module_name}.{key}" if module_name else key
             if id(old) not in shared:
-                aliases = [full] if full in known else [n for n, p in model.named_parameters(remove_duplicate=False) if p is old and n in known]
+                aliases = (
+                    [full]
+                    if full in known
+                    else [n for n, p in model.named_parameters(remove_duplicate=False) if p is old and n in known]
+                )
                 if not aliases:
                     raise UserError(f"the checkpoint has no tensor for {full}; the download may be incomplete")
                 value = read(aliases[0])
                 if value.shape != old.shape:
-                    raise UserError(f"{full} has shape {tuple(value.shape)} in the checkpoint, and the configuration says {tuple(old.shape)}")
+                    raise UserError(
+                        f"{full} has shape {tuple(value.shape)} in the checkpoint, and the configuration says "
+                        f"{tuple(old.shape)}"
+                    )
                 shared[id(old)] = torch.nn.Parameter(value.to(dtype or torch.float32), requires_grad=False)
             module._parameters[key] = shared[id(old)]
         for key, old in list(module._buffers.items()):
@@ -121,17 +155,28 @@ def open_source(name: str) -> Source:
     if name in POCKET:
         folder = Path(POCKET[name])
         config = _read_config(folder)
-        return _pocket_cnn(name, folder, config) if config.get("model_type") == "pocket-cnn" else _huggingface(name, folder)
+        return (
+            _pocket_cnn(name, folder, config)
+            if config.get("model_type") == "pocket-cnn"
+            else _huggingface(name, folder)
+        )
     path = Path(name).expanduser()
     if path.is_dir():
-        return _pocket_cnn(name, path, c) if (c := _read_config(path)).get("model_type") == "pocket-cnn" else _huggingface(name, path)
+        return (
+            _pocket_cnn(name, path, c)
+            if (c := _read_config(path)).get("model_type") == "pocket-cnn"
+            else _huggingface(name, path)
+        )
     if path.is_file():
         raise UserError(f"{name} is a file; give the folder that holds config.json and the .safetensors weights")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return _entry_point(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return _huggingface(name, _hub(name))
-    raise UserError(f"there is no model {name!r}{did_you_mean(name, POCKET)}; give a folder, a hub name like owner/name, module:function, or one of {', '.join(POCKET)}")
+    raise UserError(
+        f"there is no model {name!r}{did_you_mean(name, POCKET)}; give a folder, a hub name like owner/name, "
+        f"module:function, or one of {', '.join(POCKET)}"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -142,7 +187,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "trimtab.json").is_file():
-            raise UserError(f"{folder} is a Trimtab artifact without config.json; `trimtab run` takes it, `fit` wants the original model")
+            raise UserError(
+                f"{folder} is a Trimtab artifact without config.json; `trimtab run` takes it, `fit` wants the "
+                "original model"
+            )
         raise UserError(f"{folder} has no config.json; give a Hugging Face model folder")
     try:
         config = json.loads(path.read_text())
@@ -156,21 +204,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def skeleton_of(config_dict: Mapping[str, Any], where: str) -> nn.Module:
-    """The module that a Hugging Face configuration describes: parameters on the meta device, buffers real; nothing of the folder is run."""
+    """The module that a Hugging Face configuration describes: parameters on the meta device, buffers real; nothing of
+    the folder is run.
+    """
     import torch
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
-    config_dict = {k: v for k, v in config_dict.items() if not k.startswith("_") and k not in ("auto_map", "quantization_config")}
+    config_dict = {
+        k: v for k, v in config_dict.items() if not k.startswith("_") and k not in ("auto_map", "quantization_config")
+    }
     architectures = config_dict.get("architectures") or []
     known = {n: t for mapping in _mappings(modeling_auto) for t, n in mapping.items()}
     if not architectures or architectures[0] not in known:
-        raise UserError(f"{where} is of architecture {architectures[:1] or 'unknown'}, which this transformers does not have; no code of a model's folder is ever run")
+        raise UserError(
+            f"{where} is of architecture {architectures[:1] or 'unknown'}, which this transformers does not have; no "
+            "code of a model's folder is ever run"
+        )
     try:
         config = AutoConfig.for_model(**config_dict)
         cls = getattr(__import__("transformers"), architectures[0])
         with torch.device("meta"):
-            model = cls._from_config(config, attn_implementation="sdpa") if cls._supports_sdpa else cls._from_config(config)
+            model = (
+                cls._from_config(config, attn_implementation="sdpa") if cls._supports_sdpa else cls._from_config(config)
+            )
     except UserError:
         raise
     except Exception as error:
@@ -195,7 +252,10 @@ def _huggingface(name: str, folder: Path) -> Source:
 
     config = _read_config(folder)
     if "quantization_config" in config:
-        raise UserError(f"{name} is already quantised ({config['quantization_config'].get('quant_method', 'unknown')}); give the original in floating point")
+        raise UserError(
+            f"{name} is already quantised ({config['quantization_config'].get('quant_method', 'unknown')}); give the "
+            "original in floating point"
+        )
     checkpoint = Checkpoint(folder)
     architecture = (config.get("architectures") or [""])[0]
     task = next((t for suffix, t in TASKS.items() if architecture.endswith(suffix)), "embedding")
@@ -208,7 +268,18 @@ def _huggingface(name: str, folder: Path) -> Source:
 
     bytes_ = checkpoint.bytes + sum((folder / n).stat().st_size for n in SIDECARS if (folder / n).is_file())
     dtype = _main_dtype([(checkpoint.dtype(c), checkpoint.shape(c)) for c in aliases.values()])
-    return Source(name, task, lambda: skeleton_of(config, name), read, tuple(aliases), checkpoint.hash()[:16], bytes_, folder, config, dtype)
+    return Source(
+        name,
+        task,
+        lambda: skeleton_of(config, name),
+        read,
+        tuple(aliases),
+        checkpoint.hash()[:16],
+        bytes_,
+        folder,
+        config,
+        dtype,
+    )
 
 
 def _aliases(model: nn.Module, stored: Iterable[str], prefix: str) -> dict[str, str]:
@@ -216,7 +287,9 @@ def _aliases(model: nn.Module, stored: Iterable[str], prefix: str) -> dict[str, 
     stored = set(stored)
     found: dict[str, str] = {}
     missing = []
-    names = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} | {n: id(b) for n, b in _persistent(model)}
+    names = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} | {
+        n: id(b) for n, b in _persistent(model)
+    }
     for name in names:
         for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
             if candidate in stored:
@@ -228,7 +301,8 @@ def _aliases(model: nn.Module, stored: Iterable[str], prefix: str) -> dict[str, 
     absent = [n for n in missing if names[n] not in covered]
     if absent:
         raise UserError(
-            f"the checkpoint lacks {len(absent)} of the model's tensors, {absent[0]} first; it may be incomplete, or saved by another version of the architecture"
+            f"the checkpoint lacks {len(absent)} of the model's tensors, {absent[0]} first; it may be incomplete, or "
+            "saved by another version of the architecture"
         )
     first: dict[int, str] = {}
     for name in found:
@@ -261,7 +335,18 @@ def _pocket_cnn(name: str, folder: Path, config: dict[str, Any]) -> Source:
         return _on_meta(PocketCNN.from_config(config))
 
     size = checkpoint.bytes + (folder / "config.json").stat().st_size
-    return Source(name, "classification", skeleton, checkpoint.read, tuple(checkpoint.names()), checkpoint.hash()[:16], size, folder, config, "fp32")
+    return Source(
+        name,
+        "classification",
+        skeleton,
+        checkpoint.read,
+        tuple(checkpoint.names()),
+        checkpoint.hash()[:16],
+        size,
+        folder,
+        config,
+        "fp32",
+    )
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -285,9 +370,22 @@ def from_module(model: nn.Module, name: str, task: str = "classification") -> So
         digest.update(key.encode() + tensor.contiguous().reshape(-1).view(dtype=_uint8()).numpy().tobytes())
     broken = [k for k, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if broken:
-        raise UserError(f"{name}: {broken[0]} holds NaN or infinite weights; a model with broken weights cannot be fitted")
+        raise UserError(
+            f"{name}: {broken[0]} holds NaN or infinite weights; a model with broken weights cannot be fitted"
+        )
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    return Source(name, task, lambda: _on_meta(copy.deepcopy(model)), lambda n: tensors[n], tuple(tensors), digest.hexdigest()[:16], size, None, {}, "fp32")
+    return Source(
+        name,
+        task,
+        lambda: _on_meta(copy.deepcopy(model)),
+        lambda n: tensors[n],
+        tuple(tensors),
+        digest.hexdigest()[:16],
+        size,
+        None,
+        {},
+        "fp32",
+    )
 
 
 def _uint8() -> Any:
@@ -327,4 +425,7 @@ def _hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
-        raise UserError(f"{name} is no local folder, and the hub does not give it ({_first_line(error)}); download it first, or check the name and the network") from error
+        raise UserError(
+            f"{name} is no local folder, and the hub does not give it ({_first_line(error)}); download it first, or "
+            "check the name and the network"
+        ) from error

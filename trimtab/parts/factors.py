@@ -75,12 +75,12 @@ def output_basis(weight: Tensor, moment: Tensor, rank: int, damp: float = 1e-6) 
         return top_eigenvectors(w @ m @ w.T, rank)
     values, vectors = torch.linalg.eigh(m)
     seen = w @ (vectors * values.clamp_min(0).sqrt())
-    # Dividing by the singular values would lose orthogonality in the weak directions; QR keeps it, and the leading spans.
+    # Dividing by the singular values would lose orthogonality in weak directions; QR keeps it, and the leading spans.
     return torch.linalg.qr(seen @ top_eigenvectors(seen.T @ seen, rank)).Q
 
 
 def balanced(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Scale each component so that its column of `left` and its row of `right` have equal norms; pad with zeros to `rank`.
+    """Give each component's column of `left` and row of `right` equal norms, and pad with zeros to `rank` components.
 
     Equal norms keep both factors far from the ends of the range of 16-bit floats.
     """

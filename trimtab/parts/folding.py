@@ -1,7 +1,7 @@
 """Folding a norm's scale, a mean or a rotation of the residual into the weights around it, the function kept.
 
-Shapes are those of `[out, in]` weights; a reader is a weight whose input is the norm's output, a writer one whose output
-is added to the residual.
+Shapes are those of `[out, in]` weights; a reader is a weight whose input is the norm's output, a writer one whose
+output is added to the residual.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def normalised_moment(gram: Tensor, mean: Tensor | None, scale: Tensor, shift: T
 
 
 def principal_axes(moment: Tensor, damp: float = 0.01) -> Tensor:
-    """Orthogonal matrix Q whose columns are the principal axes of a second moment, strongest first `[width, width]`, double.
+    """Orthogonal Q `[width, width]`, double, whose columns are the principal axes of a second moment, strongest first.
 
     Args:
         moment: `[width, width]`, symmetric.

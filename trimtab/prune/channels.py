@@ -107,7 +107,7 @@ class ChannelEnergy(Rewriter):
     )
 
     def energy(self, weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
-        """Scores `[units]` from one reader: its weight `[out, in]`, G `[in, in]` and each unit's columns `[units, n]`."""
+        """Scores `[units]` from a reader's weight `[out, in]`, G `[in, in]` and each unit's columns `[units, n]`."""
         w, g = weight.double(), gram.double()
         return torch.stack([(w[:, c] @ g[c][:, c] * w[:, c]).sum() for c in columns])
 

@@ -31,6 +31,7 @@ class LLMDrop(Rewriter):
     Departures: none; the choice is a function of its own, so that an allocator may choose otherwise and use the same
         rewrite.
 
+    >>> import torch
     >>> LLMDrop().importance({"a": torch.tensor(0.99), "b": torch.tensor(0.5)})
     {'a': 0.01, 'b': 0.5}
     """
@@ -88,7 +89,7 @@ def drop_named(scene: Scene) -> None:
     A block is whole where it is named itself, or all its sublayers are.
 
     Raises:
-        UserError: a path that is no sublayer or block, a level other than `drop` or `keep`, or nothing left of the model.
+        UserError: a path that is no sublayer or block, a level other than `drop` or `keep`, or no block left.
     """
     modelmap, named = scene.modelmap, set()
     for path, level in scene.levels.items():

@@ -23,8 +23,8 @@ class SliceGPT(Rewriter):
     """Fold the norms, rotate what lies between each two of them to its principal axes, keep the leading `k`.
 
     RMSNorm(X Q) = RMSNorm(X) Q for every orthogonal Q, so with Q_l the eigenvectors of C_l = E[x x^T] of the output x
-    of the l-th norm: W_in <- Q_l^T W_in for the weights that read through norm l, W_out <- W_out Q_(l+1) for those that write
-    before norm l+1, the embedding E <- E Q_1, and the residual around the branch between them passes
+    of the l-th norm: W_in <- Q_l^T W_in for the weights that read through norm l, W_out <- W_out Q_(l+1) for those that
+    write before norm l+1, the embedding E <- E Q_1, and the residual around the branch between them passes
     S_l = Q_l^T Q_(l+1). (The paper's weights stand on the right of X; ours are `[out, in]`, their transposes.) A layer
     norm becomes an RMS norm first: its mean is taken out of every writer, its scale and shift go into the readers.
     Slicing keeps the first k columns of every Q. At `w100%` only the rotation is done.
@@ -39,8 +39,9 @@ class SliceGPT(Rewriter):
     Departures: all C_l are those of the dense network, as the paper's text has them; the authors' code collects each
         from the network sliced so far, in front of the norm. The norms divide by the root mean square over the k axes
         kept; the factor (D / k)^(1/2) in their scale makes that the mean over all D, as the authors' norm has it. What
-        is stored is S_l - I. Of parallel branches with a norm each, the map does not tell that they are parallel; such a
-        model says so at its first run, and takes `shared=True`.
+        is stored is S_l - I. A norm whose readers have no statistics (a head tied to the embedding) takes the C of the
+        norm before. Of parallel branches with a norm each, the map does not tell that they are parallel; such
+        a model says so at its first run, and takes `shared=True`.
 
     >>> from torch import nn
     >>> from trimtab.core.modelmap import trace
@@ -92,15 +93,16 @@ class SliceGPT(Rewriter):
         self, scene: Scene, stream: Stages, gram: Mapping[str, Tensor], mean: Mapping[str, Tensor]
     ) -> list[Tensor]:
         """Q of each stage, `[width, width]` double."""
-        moments = []
+        moments: list[Tensor] = []
         for norms in stream.norms:
             norm = norms[0]
             seen = next((r for r in scene.modelmap.readers[norm.path] if r in gram and r in mean), None)
-            if seen is None:
-                raise UserError(
-                    f"slicegpt needs the input statistics of a weight behind {norm.path}; none were collected"
-                )
-            moments.append(normalised_moment(gram[seen], mean[seen], *_scale_shift(scene.model, norm)))
+            if seen is not None:
+                moments.append(normalised_moment(gram[seen], mean[seen], *_scale_shift(scene.model, norm)))
+            elif moments:
+                moments.append(moments[-1])
+            else:
+                raise UserError(f"slicegpt needs the input statistics of a weight behind {norm.path}; there are none")
         if self.shared:
             return [principal_axes(torch.stack(moments).mean(0), self.damp)] * len(moments)
         return [principal_axes(m, self.damp) for m in moments]
@@ -163,7 +165,7 @@ def _turn(scene: Scene, stream: Stages, axes: list[Tensor]) -> None:
 def _renorm(scene: Scene, norm: Norm, k: int, layer: bool) -> None:
     """Leave a norm with no scale but the one that makes its mean over k axes the mean over all."""
     if layer:
-        eps = float(scene.model.get_submodule(norm.path).eps)
+        eps = getattr(scene.model.get_submodule(norm.path), "eps", 1e-5)
         change(scene.model, scene.edits, "norm", norm.path, width=k, eps=eps)
     elif k != norm.width:
         change(scene.model, scene.edits, "resize", norm.path, shape=[k])

@@ -12,11 +12,11 @@ from trimtab.prune.llm_drop import drop_named
 
 @dataclass(frozen=True)
 class UnifiedLayerSkipping(Rewriter):
-    """Skip the same blocks for every sample and token, balanced through the depth, as many as a target speed-up asks for.
+    """Skip the same blocks for every sample and token, balanced through the depth, as many as a speed-up asks for.
 
-    Of L blocks n = floor(L / r) stay, for a target speed-up r: the first, the last, and those at round(i (L - 1) / (n - 1)),
-    i = 0 .. n - 1. As nothing depends on the input, batches and the key-value cache work as before, and the skipped
-    blocks' weights and caches need not exist.
+    Of L blocks n = floor(L / r) stay, for a target speed-up r: the first, the last, and those at
+    round(i (L - 1) / (n - 1)), i = 0 .. n - 1. As nothing depends on the input, batches and the key-value cache work as
+    before, and the skipped blocks' weights and caches need not exist.
 
     Fields:
         speedup: r, the target speed-up of the blocks, above 1; the paper tries 2, 3 and 5.
@@ -24,8 +24,8 @@ class UnifiedLayerSkipping(Rewriter):
     Reference: Liu et al. 2024, arXiv:2404.06954, section 3.
     Departures: the authors' code steps by the integer floor(L / (n - 1)) and fills up from the bottom, which leaves a
         run of skipped blocks at the top whenever that division has a remainder; here the spacing is even for every L
-        and n. The skipped blocks are removed, so that prefill skips them too. The authors tune the model with the blocks
-        skipped; healing is a step of its own.
+        and n. The skipped blocks are removed, so that prefill skips them too. The authors tune the model with the
+        blocks skipped; healing is a step of its own.
 
     >>> UnifiedLayerSkipping(speedup=2.0).kept(9)
     (0, 3, 5, 8)
@@ -37,7 +37,7 @@ class UnifiedLayerSkipping(Rewriter):
         "unified-layer-skipping",
         catalogue=(209,),
         paper="arXiv:2404.06954",
-        claim="At equal skipped blocks, balanced skipping has lower loss than skipping a contiguous run at the top or the bottom.",
+        claim="At equal skipped blocks, balanced skipping loses less than a contiguous run at the top or bottom.",
         requires=frozenset({"float"}),
         leaves=frozenset({"float", "dropped"}),
         keeps=frozenset({"deterministic"}),

@@ -26,7 +26,8 @@ class FineQuant(Solver):
     than the level asked for.
 
     Args:
-        alpha: least share by which the mean range must fall for groups to be halved.
+        alpha: least share by which the mean range must fall for groups to be halved. Halving narrows the ranges of normal
+            weights by 8 % (from 256 columns) to 15 % (to 16), so that what lies above speaks of outliers.
 
     Reference: Kim, Henry, Fahim and Awadalla 2023, arXiv:2308.09723, section on adaptive fine-grained quantisation.
     Departures: the mean as the measure of the ranges and the value of `alpha` are choices of ours. One size a matrix,
@@ -41,7 +42,7 @@ class FineQuant(Solver):
     '4b/g32'
     """
 
-    alpha: float = 0.1
+    alpha: float = 0.15
 
     card = Card(
         "finequant",

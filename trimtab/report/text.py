@@ -15,16 +15,41 @@ def print_report(report: dict[str, Any], sites: bool = False) -> None:
     console = Console()
     budget = ", ".join(f"{k} {_limit(k, v)}" for k, v in report["budget"].items()) or "none"
     console.print(f"\n[bold]{report['model']}[/] ({report['task']}), budget: {budget}", highlight=False)
-    table = Table(box=None, header_style="bold", title="held-out data, never seen by the search", title_justify="left", title_style="dim")
-    for column, side in (("", "left"), ("size", "right"), (report["best"]["metric"], "right"), ("95 % interval", "right"), ("kept", "right"), ("plan", "left")):
+    table = Table(
+        box=None,
+        header_style="bold",
+        title="held-out data, never seen by the search",
+        title_justify="left",
+        title_style="dim",
+    )
+    for column, side in (
+        ("", "left"),
+        ("size", "right"),
+        (report["best"]["metric"], "right"),
+        ("95 % interval", "right"),
+        ("kept", "right"),
+        ("plan", "left"),
+    ):
         table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
     for label in ("original", "best", "uniform"):
         if point := report.get(label):
             table.add_row(*_cells(label, point))
     console.print(table, highlight=False)
     if report["front"]:
-        front = Table(box=None, header_style="bold", title="front, measured on the search data", title_justify="left", title_style="dim")
-        for column, side in (("", "left"), ("size", "right"), (report["best"]["metric"], "right"), ("95 % interval", "right"), ("kept", "right")):
+        front = Table(
+            box=None,
+            header_style="bold",
+            title="front, measured on the search data",
+            title_justify="left",
+            title_style="dim",
+        )
+        for column, side in (
+            ("", "left"),
+            ("size", "right"),
+            (report["best"]["metric"], "right"),
+            ("95 % interval", "right"),
+            ("kept", "right"),
+        ):
             front.add_column(column, justify=side)  # type: ignore[arg-type]
         for point in sorted(report["front"], key=lambda p: p["bytes"]):
             front.add_row(*_cells(point["name"], point)[:5])
@@ -34,18 +59,32 @@ def print_report(report: dict[str, Any], sites: bool = False) -> None:
         for column in ("site", "level", "method", "bytes", "bits a weight"):
             levels.add_column(column)
         for row in report["sites"]:
-            levels.add_row(row["path"], row["level"], row["method"] or "as it was", say_bytes(row["bytes"]), f"{row['bits']:.2f}")
+            levels.add_row(
+                row["path"], row["level"], row["method"] or "as it was", say_bytes(row["bytes"]), f"{row['bits']:.2f}"
+            )
         console.print(levels, highlight=False)
     gate = report["gate"]
     decode = f", token by token {gate['decode']:.1e}" if "decode" in gate else ""
     console.print(f"verdict:  {report['verdict']}", highlight=False)
-    console.print(f"checked:  a fresh process gives the same outputs (largest difference {gate['prefill']:.1e} of the largest{decode})", highlight=False)
-    console.print(f"took:     {report['seconds']:.0f} s, peak memory {say_bytes(report['peak_bytes'])}", highlight=False)
+    console.print(
+        f"checked:  a fresh process gives the same outputs (largest difference {gate['prefill']:.1e} of the "
+        f"largest{decode})",
+        highlight=False,
+    )
+    console.print(
+        f"took:     {report['seconds']:.0f} s, peak memory {say_bytes(report['peak_bytes'])}", highlight=False
+    )
     console.print(f"artifact: {report['artifact']}", highlight=False)
 
 
 def _limit(name: str, value: float) -> str:
-    return say_bytes(value) if name in ("size", "memory") else f"{1e3 * value:.3g} ms" if name == "latency" else f"{value:.1%}"
+    return (
+        say_bytes(value)
+        if name in ("size", "memory")
+        else f"{1e3 * value:.3g} ms"
+        if name == "latency"
+        else f"{value:.1%}"
+    )
 
 
 def _cells(label: str, point: dict[str, Any]) -> tuple[str, ...]:
@@ -68,4 +107,6 @@ def print_preview(found: dict[str, Any]) -> None:
     for unit in found["units"]:
         table.add_row(unit["name"], unit["role"], f"{unit['weights']:,}", ", ".join(unit["choices"]))
     console.print(table, highlight=False)
-    console.print(f"{found['probes']} probes, about {found['seconds']:.0f} s here; {found['feasible']}", highlight=False)
+    console.print(
+        f"{found['probes']} probes, about {found['seconds']:.0f} s here; {found['feasible']}", highlight=False
+    )

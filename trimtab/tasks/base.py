@@ -1,6 +1,7 @@
 """What quality means: a task turns data into batches, and a model's outputs into scores.
 
-Every prediction set (a text window, an image) is one item; its scores are sums over its predictions, so that any share of the items can be
+Every prediction set (a text window, an image) is one item; its scores are sums over its predictions, so that any share
+of the items can be
 scored again without running the model: that is what the bootstrap does.
 """
 
@@ -14,13 +15,16 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+Reference = tuple["Tensor", "Tensor"]
+
 
 @dataclass(frozen=True)
 class Batch:
     """Items of a split: what the model is called with, and the labels.
 
     Fields:
-        inputs: keyword arguments of the model's forward, first dimension the item; an entry point's model takes them in order.
+        inputs: keyword arguments of the model's forward, first dimension the item; an entry point's model takes them
+            in order.
         labels: int64; for text `[items, length]` with -100 where nothing is to be predicted, for classes `[items]`.
         amounts: what an item covers in the metric's own unit beside predictions (bytes of text), or ones.
     """
@@ -34,12 +38,16 @@ class Batch:
 
     def take(self, start: int, stop: int) -> Batch:
         """Items `start` to `stop`."""
-        return Batch({k: v[start:stop] for k, v in self.inputs.items()}, self.labels[start:stop], self.amounts[start:stop])
+        return Batch(
+            {k: v[start:stop] for k, v in self.inputs.items()}, self.labels[start:stop], self.amounts[start:stop]
+        )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over each item's predictions, fp64 `[items]`: negative log-likelihood, hits, predictions, KL to the original (nats)."""
+    """Sums over each item's predictions, fp64 `[items]`: negative log-likelihood, hits, predictions, KL to the
+    original (nats).
+    """
 
     nll: Tensor
     hits: Tensor
@@ -95,21 +103,28 @@ class Task(ABC):
             return value / original if original else float("nan")
         return original / value if value else float("nan")
 
-    def reference(self, output: object, labels: Tensor) -> Tensor:
-        """What to keep of the original's output: log-probabilities of the predictions that count, fp32."""
-        return self.pick(output, labels).float().log_softmax(-1)
+    def reference(self, output: object, labels: Tensor) -> Reference:
+        """What to keep of the original's output: the probabilities p of the predictions that count, and sum p log p
+        of each.
+        """
+        logp = self.pick(output, labels).float().log_softmax(-1)
+        p = logp.exp()
+        return p, (p * logp).sum(1)
 
-    def score(self, output: object, labels: Tensor, reference: Tensor | None) -> Scores:
-        """Scores of a chunk of items; without a reference the KL is zero."""
+    def score(self, output: object, labels: Tensor, reference: Reference | None) -> Scores:
+        """Scores of a chunk of items; without a reference the KL is zero.
+
+        KL(p || q) = sum p log p - sum p z + log sum exp z, for logits z: no second table of log-probabilities is made.
+        """
         import torch
 
-        logp = self.pick(output, labels).float().log_softmax(-1)
-        target = self.targets(labels)
-        nll = -logp.gather(1, target[:, None])[:, 0]
-        hits = (logp.argmax(1) == target).double()
+        logits = self.pick(output, labels).float()
+        target, total = self.targets(labels), logits.logsumexp(1)
+        nll = total - logits.gather(1, target[:, None])[:, 0]
+        hits = (logits.argmax(1) == target).double()
         kl = torch.zeros_like(nll)
         if reference is not None:
-            kl = (reference.exp() * (reference - logp)).sum(1).clamp_min(0)
+            kl = (reference[1] - torch.einsum("ij,ij->i", reference[0], logits) + total).clamp_min(0)
         return self.gather(nll, hits, kl, labels)
 
     def gather(self, nll: Tensor, hits: Tensor, kl: Tensor, labels: Tensor) -> Scores:
@@ -137,7 +152,8 @@ def bootstrap(
 ) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
     """95 % intervals by resampling items, the same items for both: (ours, theirs, ours - theirs), each (low, high).
 
-    A paired bootstrap: what makes an item hard for one model makes it hard for the other, and cancels in the difference.
+    A paired bootstrap: what makes an item hard for one model makes it hard for the other, and cancels in the
+    difference.
     """
     import torch
 

@@ -20,11 +20,12 @@ WINDOWS = {"calibration": 512, "search": 256, "test": 1024}  # at most so many a
 
 
 def task_for(source: Source, data: str | None = None, length: int = 256) -> Task:
-    """The task of a model on the user's data; without data on text that Python brings along, or on the data of a pocket model.
+    """The task of a model on the user's data; without data on text that Python brings along, or on the data of a
+    pocket model.
 
     Args:
-        data: text file (`.txt`, `.md`, `.py`, ... or `.jsonl` with a `text` field), `.npz` with `images` and `labels`, a folder with one folder of
-            images a class, or `module:function` that returns {split: (inputs, labels)}.
+        data: text file (`.txt`, `.md`, `.py`, ... or `.jsonl` with a `text` field), `.npz` with `images` and `labels`,
+            a folder with one folder of images a class, or `module:function` that returns {split: (inputs, labels)}.
         length: tokens in a window of text.
 
     Raises:
@@ -41,7 +42,9 @@ def task_for(source: Source, data: str | None = None, length: int = 256) -> Task
         windows[split], sizes[split] = _windows(documents, tokenizer, length, WINDOWS[split], vocabulary)
     if source.task == "masked-lm":
         if tokenizer.mask_token_id is None:
-            raise UserError(f"the tokenizer of {source.name} has no mask token, which a masked language model is measured with")
+            raise UserError(
+                f"the tokenizer of {source.name} has no mask token, which a masked language model is measured with"
+            )
         return MaskedLM(windows, sizes, tokenizer.mask_token_id)
     return (CausalLM if source.task == "causal-lm" else Embedding)(windows, sizes)
 
@@ -52,7 +55,8 @@ def _windows(documents: list[str], tokenizer: Any, length: int, limit: int, voca
     blocks = token_blocks(tokenizer, documents, length, limit=limit)
     if vocabulary and int(blocks.tokens.max()) >= vocabulary:
         raise UserError(
-            f"the tokenizer gives token {int(blocks.tokens.max())}, and the model knows {vocabulary}: this tokenizer belongs to another model; "
+            f"the tokenizer gives token {int(blocks.tokens.max())}, and the model knows {vocabulary}: this tokenizer "
+            "belongs to another model; "
             f"put the model's own tokenizer files into its folder"
         )
     return blocks.tokens, blocks.bytes
@@ -89,7 +93,9 @@ def read_text(path: Path) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text (byte {error.start}); give plain text or JSON lines with --data") from error
+        raise UserError(
+            f"{path} is no UTF-8 text (byte {error.start}); give plain text or JSON lines with --data"
+        ) from error
     if "\0" in text[:65536]:
         raise UserError(f"{path} holds NUL bytes: it is binary; give plain text or JSON lines with --data")
     if path.suffix == ".jsonl":
@@ -110,10 +116,15 @@ def _classes(source: Source, data: str | None) -> dict[str, Any]:
     key = "pixel_values"
     if data is None:
         if source.name not in POCKET:
-            raise UserError(f"{source.name} names classes of its inputs, so it needs labelled data: give an .npz with images and labels, or module:function, with --data")
+            raise UserError(
+                f"{source.name} names classes of its inputs, so it needs labelled data: give an .npz with images and "
+                "labels, or module:function, with --data"
+            )
         from trimtab.tasks.digits import digits
 
-        pairs = {ours: digits(theirs) for ours, theirs in (("calibration", "train"), ("search", "search"), ("test", "test"))}
+        pairs = {
+            ours: digits(theirs) for ours, theirs in (("calibration", "train"), ("search", "search"), ("test", "test"))
+        }
         return {split: ({key: images}, labels) for split, (images, labels) in pairs.items()}
     if ":" in data and not Path(data).exists():
         from trimtab.models.source import load_entry
@@ -124,7 +135,10 @@ def _classes(source: Source, data: str | None) -> dict[str, Any]:
         return {s: (x if isinstance(x, dict) else {key: x}, y) for s, (x, y) in made.items()}
     path = Path(data).expanduser()
     if not path.is_file():
-        raise UserError(f"there is no data file {path}; give an .npz with arrays `images` and `labels`, or module:function, with --data")
+        raise UserError(
+            f"there is no data file {path}; give an .npz with arrays `images` and `labels`, or module:function, with "
+            "--data"
+        )
     images, labels = _npz(path)
     n = len(labels)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
@@ -140,7 +154,12 @@ def _npz(path: Path) -> Any:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
     except (ValueError, KeyError, OSError, EOFError) as error:
-        raise UserError(f"{path} has no arrays `images` and `labels` that load without unpickling ({str(error)[:120]})") from error
+        raise UserError(
+            f"{path} has no arrays `images` and `labels` that load without unpickling ({str(error)[:120]})"
+        ) from error
     if images.ndim != 4 or len(images) != len(labels) or len(labels) < 10:
-        raise UserError(f"{path}: images {images.shape} and labels {labels.shape} were found; [n, channels, height, width] and [n] with n >= 10 are needed")
+        raise UserError(
+            f"{path}: images {images.shape} and labels {labels.shape} were found; [n, channels, height, width] and "
+            "[n] with n >= 10 are needed"
+        )
     return torch.from_numpy(images.astype("float32")), torch.from_numpy(labels.astype("int64"))

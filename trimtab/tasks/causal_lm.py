@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trimtab.tasks.base import Batch, Scores, Task
+from trimtab.tasks.base import Batch, Reference, Scores, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,16 +97,16 @@ class Embedding(CausalLM):
 
         return torch.full((len(labels),), labels.shape[1])
 
-    def reference(self, output: object, labels: Tensor) -> Tensor:
-        return self.pick(output, labels).float()
+    def reference(self, output: object, labels: Tensor) -> Reference:
+        states = self.pick(output, labels).float()
+        return states, states.norm(dim=1)
 
-    def score(self, output: object, labels: Tensor, reference: Tensor | None) -> Scores:
+    def score(self, output: object, labels: Tensor, reference: Reference | None) -> Scores:
         import torch
 
         ours = self.pick(output, labels).float()
-        away = torch.zeros(len(ours)) if reference is None else 1 - torch.cosine_similarity(ours, reference, dim=1)
+        away = torch.zeros(len(ours)) if reference is None else 1 - torch.cosine_similarity(ours, reference[0], dim=1)
         return self.gather(away, torch.zeros(len(ours)), away, labels)
 
     def value(self, scores: Scores, amounts: Tensor) -> Tensor:
         return 1 - scores.nll / scores.count
-

@@ -54,8 +54,9 @@ def _all() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("The digits come with scikit-learn, which is not installed. "
-                        "Run: pip install scikit-learn") from error
+        raise UserError(
+            "The digits come with scikit-learn, which is not installed. Run: pip install scikit-learn"
+        ) from error
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 + BLACK
     return images, torch.tensor(data.target, dtype=torch.int64)

@@ -87,8 +87,10 @@ def stdlib_documents(split: str, root: Path | None = None) -> tuple[Document, ..
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     documents = tuple(d for d in _library(root) if split_of(d.path) == split)
     if not documents:
-        raise UserError(f"The Python library at {root} has no source files for the {split!r} split. Use a Python that "
-                        "is installed with its .py files, or give your own text.")
+        raise UserError(
+            f"The Python library at {root} has no source files for the {split!r} split. Use a Python that "
+            "is installed with its .py files, or give your own text."
+        )
     return documents
 
 
@@ -130,8 +132,9 @@ def token_blocks(
     n = len(tokens) // (length - 1)
     n = n if limit is None else min(n, limit)
     if n == 0:
-        raise UserError(f"The text holds {len(tokens)} tokens, less than one block of {length}. "
-                        "Give more text or a shorter block.")
+        raise UserError(
+            f"The text holds {len(tokens)} tokens, less than one block of {length}. Give more text or a shorter block."
+        )
     body = torch.tensor(tokens[: n * (length - 1)]).view(n, length - 1)
     counts = torch.tensor(sizes[: n * (length - 1)]).view(n, length - 1).sum(1)
     return Blocks(torch.cat([torch.full((n, 1), start), body], 1), counts)
@@ -147,8 +150,10 @@ def tokenize_bytes(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
         UserError: the tokenizer cannot say which characters a token covers.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} does not tell which characters a token covers, so bits per byte "
-                        "cannot be counted. Load the model's fast tokenizer.")
+        raise UserError(
+            f"{type(tokenizer).__name__} does not tell which characters a token covers, so bits per byte "
+            "cannot be counted. Load the model's fast tokenizer."
+        )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = list(encoding["input_ids"])
     ends = [end for _, end in encoding["offset_mapping"]]
@@ -173,8 +178,10 @@ def start_token(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise UserError("The tokenizer has neither a start nor an end token, so a block has nothing to begin with. "
-                    "Set tokenizer.bos_token.")
+    raise UserError(
+        "The tokenizer has neither a start nor an end token, so a block has nothing to begin with. "
+        "Set tokenizer.bos_token."
+    )
 
 
 @functools.cache

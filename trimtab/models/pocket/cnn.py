@@ -53,12 +53,16 @@ class PocketCNNConfig:
                 classes=int(data["classes"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError("The config of the PocketCNN lacks or garbles a field; it needs widths, inner, "
-                            f"image_channels and classes ({type(error).__name__}: {error}).") from error
+            raise UserError(
+                "The config of the PocketCNN lacks or garbles a field; it needs widths, inner, "
+                f"image_channels and classes ({type(error).__name__}: {error})."
+            ) from error
         counts = [*config.widths, *(c for stage in config.inner for c in stage), config.image_channels, config.classes]
         if not config.widths or len(config.widths) != len(config.inner) or min(counts) < 1 or not all(config.inner):
-            raise UserError(f"The config of the PocketCNN has widths {config.widths} and inner {config.inner}: each "
-                            "stage needs a width and at least one block, and every number must be positive.")
+            raise UserError(
+                f"The config of the PocketCNN has widths {config.widths} and inner {config.inner}: each "
+                "stage needs a width and at least one block, and every number must be positive."
+            )
         return config
 
 
@@ -145,13 +149,16 @@ class PocketCNN(nn.Module):
             model = cls.from_config(json.loads((folder / "config.json").read_text()))
             tensors = load_file(folder / "model.safetensors")
         except (OSError, json.JSONDecodeError, SafetensorError) as error:
-            raise UserError(f"{folder} does not hold a readable PocketCNN: {error}. "
-                            "It needs config.json and model.safetensors.") from error
+            raise UserError(
+                f"{folder} does not hold a readable PocketCNN: {error}. It needs config.json and model.safetensors."
+            ) from error
         expected = {k: v.shape for k, v in model.state_dict().items()}
         found = {k: v.shape for k, v in tensors.items()}
         if expected != found:
             odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-            raise UserError(f"{len(odd)} tensors in {folder} do not fit its config, first {odd[0]}: the config asks "
-                            f"for {expected.get(odd[0])}, the file has {found.get(odd[0])}.")
+            raise UserError(
+                f"{len(odd)} tensors in {folder} do not fit its config, first {odd[0]}: the config asks "
+                f"for {expected.get(odd[0])}, the file has {found.get(odd[0])}."
+            )
         model.load_state_dict(tensors)
         return model.eval()

@@ -1,0 +1,33 @@
+"""Wanda: weight times activation picks better than the weight alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.core.claim import Check, Claim
+
+LEVELS = {"50": "50%", "60": "60%", "2_4": "2:4"}
+
+CLAIM = Claim(
+    method="wanda",
+    statement="Ranking the weights of a row by |w| times the norm of their input has a lower perplexity than magnitude pruning, "
+    "without changing a weight that stays.",
+    source="Sun et al. 2023, arXiv:2306.11695, tables 3 and 4",
+    figure="LLaMA-7B at 50 %, perplexity on WikiText-2: 5.68 (dense), 17.29 (magnitude), 7.26 (Wanda)",
+    setting="The shipped language model, linears of all blocks; 32 calibration and 64 test windows of 256 tokens.",
+    metric="perplexity a token",
+    checks=tuple(
+        Check(f"{level}: perplexity below magnitude's", f"wanda_{name}", "<", f"magnitude_{name}")
+        for name, level in LEVELS.items()
+    ),
+)
+
+
+def measure(lab: Any, seed: int) -> dict[str, float]:
+    """Perplexities of one draw of calibration and test windows."""
+    bench = lab.bench("pocket-lm", seed)
+    found = {"dense": bench.measure().value}
+    for name, level in LEVELS.items():
+        for method in ("magnitude", "wanda"):
+            found[f"{method}_{name}"] = bench.measure(f"{method} @ model.layers.*={level}").value
+    return found

@@ -1,0 +1,416 @@
+"""The conformance battery: what every method must hold, by its verb, card and signature; none is named here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import re
+from functools import cache
+from math import fsum
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from battery import (
+    ALLOCATORS,
+    CASES,
+    EXAMPLES,
+    METHODS,
+    MODELS,
+    REWRITERS,
+    SOLVERS,
+    STATISTICS,
+    Case,
+    Traced,
+    by_unit,
+    extreme,
+    finer,
+    other_values,
+    rank_of,
+    resources,
+    small,
+    subclasses,
+    table,
+    whole,
+)
+from test_structure import rebuilt, run
+from torch import Tensor, nn
+
+from trimtab.core.errors import BudgetError, UserError
+from trimtab.core.level import Depth, Level, Width, parse_level
+from trimtab.core.method import FAMILIES, VERBS, Allocator, Method, Rewriter, Solver
+from trimtab.core.plan import Plan, check
+from trimtab.core.site import Kind, Site
+from trimtab.core.table import Row
+from trimtab.formats.checkpoint import Checkpoint, write_safetensors
+from trimtab.formats.packed import Packed, tensor_names
+
+ENTRIES = 391  # rows of the catalogue of papers
+
+each_method = pytest.mark.parametrize("name", METHODS)
+each_rewriter = pytest.mark.parametrize("name", REWRITERS)
+each_allocator = pytest.mark.parametrize("name", ALLOCATORS)
+each_solver = pytest.mark.parametrize("name", SOLVERS)
+each_level_of_a_solver = pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, cls in SOLVERS.items() for text in cls.card.levels]
+)
+each_level_of_a_rewriter = pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [(name, text, place) for name, cls in REWRITERS.items() for text in cls.card.levels for place in MODELS],
+)
+
+
+def others(cls: type[Method]) -> list[Level]:
+    """A level of every type that the card does not list."""
+    known = {type(parse_level(text)) for text in cls.card.levels}
+    return [level for level in EXAMPLES if type(level) not in known]
+
+
+# ---- every method
+
+
+def test_every_verb_is_covered_and_every_name_is_taken_once() -> None:
+    assert set(VERBS) == set(STATISTICS) == {cls.verb for cls in METHODS.values()}
+    ours = [c for c in subclasses(Method) if c.__module__.startswith("trimtab.") and not inspect.isabstract(c)]
+    assert sorted(c.card.name for c in ours) == sorted(n for n, c in METHODS.items() if c in ours)
+    ids = [i for cls in ours for i in cls.card.catalogue]
+    assert len(ids) == len(set(ids)), "two methods say that they are the same paper's"
+
+
+@each_method
+def test_a_card_is_sound(name: str) -> None:
+    cls = METHODS[name]
+    card = cls.card
+    assert name == card.name and re.fullmatch(r"[a-z0-9][a-z0-9-]*", name)
+    assert cls.family() in FAMILIES
+    assert all(type(i) is int and 1 <= i <= ENTRIES for i in card.catalogue)
+    assert card.claim.strip().endswith("."), "the claim is a sentence"
+    assert card.kinds <= set(get_args(Kind))
+    assert bool(card.levels) is not issubclass(cls, Allocator)
+    assert set(cls.needs()) <= STATISTICS[cls.verb], "it asks for what no engine has"
+
+
+@each_method
+def test_a_class_is_a_frozen_dataclass_of_defaults_without_logic(name: str) -> None:
+    cls = METHODS[name]
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert "__post_init__" not in vars(cls), "the constructor has no logic"
+    fields = dataclasses.fields(cls)
+    assert [f.name for f in fields if f.default is dataclasses.MISSING] == []
+    assert cls().config() == {} and cls() == cls() and hash(cls()) == hash(cls())
+    assert [c for c in cls.__subclasses__()] == [], "a method is final"
+
+
+@each_method
+def test_a_docstring_says_what_where_from_and_what_differs(name: str) -> None:
+    cls = METHODS[name]
+    text = inspect.getdoc(cls) or ""
+    order = [text.find(word) for word in ("Reference:", "Departures:", ">>> ")]
+    assert min(order) > 0 and order == sorted(order), "Reference, Departures and an example, in that order"
+    assert all(re.search(rf"\b{f.name}\b", text) for f in dataclasses.fields(cls)), "every field is explained"
+    lines = Path(inspect.getfile(cls)).read_text("utf-8").count("\n")
+    assert lines <= 200, f"the file has {lines} lines"
+
+
+@each_method
+def test_levels_round_trip_and_rise(name: str) -> None:
+    levels = [parse_level(text) for text in METHODS[name].card.levels]
+    assert [str(level) for level in levels] == list(METHODS[name].card.levels)
+    wrong = [(str(a), str(b)) for i, a in enumerate(levels) for b in levels[i + 1 :] if finer(a, b)]
+    assert wrong == [], "the card's levels go from coarse to fine"
+
+
+@each_method
+def test_a_configuration_round_trips_through_text_and_toml(name: str) -> None:
+    cls = METHODS[name]
+    level = cls.card.levels[0] if cls.card.levels else "4b/g64"
+    for field, value in other_values(cls).items():
+        method = cls(**{field: value})
+        assert method.config() == {field: value}
+        plan = Plan.parse(f"{name}({field}={value!r}) @ {level}")
+        assert plan.steps[0].method == method
+        assert Plan.parse(str(plan)) == plan
+        assert Plan.from_toml(plan.to_toml()) == plan
+
+
+@each_method
+def test_a_plan_with_a_level_of_another_type_is_refused(name: str) -> None:
+    cls = METHODS[name]
+    site = Site("blocks.0.up", next(iter(sorted(cls.card.kinds))), (64, 64))
+    for level in others(cls) if cls.card.levels else ():
+        with pytest.raises(UserError, match=re.escape(str(level))):
+            check([(cls(), {site.path: level})], [site])
+
+
+# ---- solvers
+
+
+def solved(method: Solver, level: Level, case: Case) -> Packed:
+    """The verb on copies, which it must leave as they are, as it must torch's own generator."""
+    weight, stats = case.weight.clone(), case.statistics()
+    wanted: dict[str, Any] = {k: stats[k] for k in method.needs()}
+    before = {k: v.clone() for k, v in wanted.items() if isinstance(v, Tensor)}
+    state = torch.random.get_rng_state()
+    packed = method.solve(weight, level, **wanted)
+    assert torch.equal(weight, case.weight), "the weight was changed in place"
+    assert all(torch.equal(wanted[k], v) for k, v in before.items()), "a statistic was changed in place"
+    assert torch.equal(torch.random.get_rng_state(), state), "randomness comes from `rng` alone"
+    return packed
+
+
+def may_refuse(level: Level, case: Case) -> str | None:
+    """Why a solver may refuse a level that its card lists for a weight, or None where it may not."""
+    if rank_of(level) > min(case.weight.shape):
+        return "the weight has fewer rows or columns than the rank, so that the level stores more than the weight"
+    return None
+
+
+@pytest.mark.parametrize("case", CASES)
+@each_level_of_a_solver
+def test_a_solver_takes_odd_weights(name: str, text: str, case: str) -> None:
+    method, level, given = SOLVERS[name](), parse_level(text), CASES[case]
+    if given.site and "conv" not in method.card.kinds:
+        pytest.skip("its card lists no convolutions")
+    shape = tuple(given.weight.shape)
+    try:
+        packed = solved(method, level, given)
+    except UserError as refusal:
+        assert may_refuse(level, given), refusal
+        assert text in str(refusal) or str(rank_of(level)) in str(refusal), "the refusal names what was asked"
+        return
+    assert isinstance(packed, Packed) and packed.shape == shape
+    assert packed.nbytes == packed.level.bytes(shape)
+    if packed.level != level:
+        assert re.search(r"level (that it )?(chosen|chooses)", inspect.getdoc(type(method)) or ""), (
+            f"{packed.level} came back for {level}, and the docstring does not say that the method chooses"
+        )
+        assert type(packed.level) is type(level) and packed.nbytes <= level.bytes(shape)
+    dense = packed.dense()
+    assert dense.shape == given.weight.shape and dense.dtype == torch.float32 and bool(dense.isfinite().all())
+    assert set(packed.tensors) == set(tensor_names(packed.level))
+    if case == "zeros":
+        assert not dense.any(), "nothing became something"
+    if given.site:
+        assert dense.reshape(given.site).shape == given.site
+    if case == "plain":
+        assert given.damage(packed) < 1, "worse than no weight at all"
+
+
+@each_level_of_a_solver
+def test_a_solver_gives_the_same_bytes_twice(name: str, text: str) -> None:
+    for case in (CASES["plain"], CASES["few samples, and inputs that are always zero"]):
+        once, again = (solved(SOLVERS[name](), parse_level(text), case) for _ in range(2))
+        assert once.level == again.level and once.tensors.keys() == again.tensors.keys()
+        for part, stored in once.tensors.items():
+            assert stored.dtype == again.tensors[part].dtype and torch.equal(stored, again.tensors[part]), part
+
+
+@each_solver
+def test_what_a_solver_gives_is_the_same_after_a_file(name: str, tmp_path: Path) -> None:
+    solver, case = SOLVERS[name](), CASES["columns that no group divides"]
+    packed = {text: solved(solver, parse_level(text), case) for text in solver.card.levels}
+    parts = {f"{text}|{part}": t for text, p in packed.items() for part, t in p.tensors.items()}
+    write_safetensors(parts, tmp_path / "solved.safetensors")
+    file = Checkpoint(tmp_path / "solved.safetensors")
+    for text, before in packed.items():
+        level = parse_level(str(before.level))
+        after = Packed(level, before.shape, {part: file.read(f"{text}|{part}") for part in tensor_names(level)})
+        assert after.nbytes == before.nbytes
+        assert torch.equal(after.dense(), before.dense()), text
+        assert (after.bias() is None) == (before.bias() is None)
+
+
+@each_solver
+def test_a_solver_refuses_a_level_that_its_card_does_not_list(name: str) -> None:
+    for level in others(SOLVERS[name]):
+        with pytest.raises(UserError, match=re.escape(str(level))):
+            solved(SOLVERS[name](), level, CASES["plain"])
+
+
+@pytest.mark.parametrize("name", [n for n, cls in SOLVERS.items() if "monotone" in cls.card.keeps])
+def test_a_finer_level_is_nearer_where_promised(name: str) -> None:
+    solver, compared = SOLVERS[name](), 0
+    levels = [parse_level(text) for text in solver.card.levels]
+    for case in (CASES["plain"], CASES["columns that no group divides"]):
+        # a method that looks at the inputs is judged by the outputs, any other by the weight
+        judge = (
+            case
+            if solver.needs() and solver.needs() != ("rng",)
+            else Case(case.weight, torch.eye(case.weight.shape[1]))
+        )
+        damage = {level: judge.damage(solved(solver, level, case)) for level in levels}
+        for a in levels:
+            for b in levels:
+                if finer(a, b):
+                    compared += 1
+                    assert damage[a] <= damage[b] * (1 + 1e-4) + 1e-7, (
+                        f"{a} is finer than {b}, and further from the original"
+                    )
+    assert compared, "no two levels of the card compare, so nothing was promised"
+
+
+# ---- rewriters
+
+
+@cache
+def traced(place: str) -> Traced:
+    return Traced.of(MODELS[place])
+
+
+# where a rewriter may refuse a model, by what its sentence says, and why that is right
+REFUSALS = (
+    ("cnn", r"residual cannot be turned", "batch norms lie on the residual: no rotation passes them"),
+    ("cnn", r"needs the input statistics|needs the gram", "a grouped convolution has no input statistics"),
+)
+
+
+def attempt(method: Rewriter, place: str, level: Level) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Level]]:
+    """The model rewritten at a level, the edits and what was named; skips with the reason where it may be refused."""
+    given = traced(place)
+    levels = given.named(method.card, level)
+    if not levels:
+        pytest.skip(f"{place} has no site of the kinds {', '.join(sorted(method.card.kinds))}")
+    try:
+        return *given.rewritten(method, levels), levels
+    except UserError as refusal:
+        reason = next((why for model, said, why in REFUSALS if model == place and re.search(said, str(refusal))), None)
+        assert reason, f"refused without a reason that the battery knows: {refusal}"
+        return pytest.skip(f"refused, as it may: {reason}")
+
+
+def same_outputs(method: Rewriter, place: str, model: nn.Module) -> None:
+    given = traced(place)
+    for batch in (given.calibration, given.fresh):
+        before, after = run(given.model, batch), run(model, batch)
+        assert (after - before).abs().max() <= method.card.tolerance * before.abs().max()
+
+
+@each_level_of_a_rewriter
+def test_a_rewritten_model_runs_and_is_rebuilt_from_its_edits(name: str, text: str, place: str) -> None:
+    method, level, given = REWRITERS[name](), parse_level(text), traced(place)
+    original = copy.deepcopy(given.model.state_dict())
+    model, edits, _ = attempt(method, place, level)
+    assert all(torch.equal(v, original[k]) for k, v in given.model.state_dict().items())
+    after = run(model, given.fresh)
+    assert after.shape == run(given.model, given.fresh).shape and bool(after.isfinite().all())
+    assert json.loads(json.dumps(edits)) == edits
+    assert torch.equal(run(rebuilt(given.make, model, edits), given.fresh), after)
+    was, now = ({k: v.shape for k, v in m.state_dict().items()} for m in (given.model, model))
+    if "shape" in method.card.keeps:
+        assert was == now and not edits
+    if isinstance(level, Width) and not whole(level):
+        assert any(sum(now[k]) < sum(was[k]) for k in was.keys() & now.keys()), "nothing became narrower"
+    if isinstance(level, Depth) and not whole(level):
+        assert was.keys() - now.keys(), "nothing was dropped"
+        assert not torch.equal(after, run(given.model, given.fresh))
+
+
+@each_level_of_a_rewriter
+def test_a_rewriter_keeps_the_function_where_it_must(name: str, text: str, place: str) -> None:
+    method, level = REWRITERS[name](), parse_level(text)
+    scales = "function" in method.card.keeps and not any(whole(parse_level(t)) for t in method.card.levels)
+    if not whole(level) and not scales:
+        pytest.skip("this level takes something away")
+    model, _, _ = attempt(method, place, level)
+    same_outputs(method, place, model)
+
+
+@each_rewriter
+def test_a_rewriter_does_something(name: str) -> None:
+    method, changed = REWRITERS[name](), []
+    for place in MODELS:
+        before = traced(place).model.state_dict()
+        levels = traced(place).named(method.card, parse_level(method.card.levels[0]))
+        try:
+            after = traced(place).rewritten(method, levels)[0].state_dict() if levels else before
+        except UserError:  # whether it may refuse is another test's business
+            continue
+        if before.keys() != after.keys() or any(
+            v.shape != after[k].shape or not torch.equal(v, after[k]) for k, v in before.items()
+        ):
+            changed.append(place)
+    assert changed
+
+
+@each_rewriter
+def test_a_rewriter_gives_the_same_model_twice(name: str) -> None:
+    method = REWRITERS[name]()
+    for text in method.card.levels:
+        (one, edits, _), (two, again, _) = (attempt(method, "llama", parse_level(text)) for _ in range(2))
+        assert edits == again
+        assert one.state_dict().keys() == two.state_dict().keys()
+        assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
+
+
+@each_rewriter
+def test_a_rewriter_refuses_paths_that_the_model_does_not_have(name: str) -> None:
+    method, given = REWRITERS[name](), traced("llama")
+    level = parse_level(method.card.levels[0])
+    with pytest.raises(UserError):
+        given.rewritten(method, {"no.such.path": level})
+
+
+# ---- allocators
+
+# limits that an allocator may refuse to keep, and why that is right; a limit on bytes alone is kept by all
+UNKEPT = {
+    ("damage",): "what makes damage small with the rest limited cannot also hold damage to a limit",
+    ("bytes", "seconds"): "a dynamic programme has one budget",
+}
+
+
+def allocated(name: str, rows: list[Row], limits: dict[str, float]) -> dict[str, Row]:
+    """The verb on copies; skips with the reason where such limits may be refused."""
+    method, extra, before = small(ALLOCATORS[name]), resources(rows), list(rows)
+    state = torch.random.get_rng_state()
+    try:
+        choice = method.allocate(rows, limits, **{k: extra[k] for k in method.needs()})
+    except BudgetError:
+        raise
+    except UserError as refusal:
+        reason = UNKEPT.get(tuple(limits))
+        assert reason and any(limit in str(refusal) for limit in limits), refusal
+        pytest.skip(f"refused, as it may: {reason}")
+    assert rows == before and torch.equal(torch.random.get_rng_state(), state)
+    return choice
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.55, 1.0])
+@pytest.mark.parametrize("costs", [("bytes",), ("seconds",), ("damage",), ("bytes", "seconds")], ids="+".join)
+@each_allocator
+def test_an_allocator_keeps_the_limits(name: str, costs: tuple[str, ...], share: float, ragged: bool) -> None:
+    for seed in range(3):
+        rows = table(seed, ragged=ragged)
+        least, most = ({c: extreme(rows, c, pick) for c in costs} for pick in (min, max))
+        limits = {c: least[c] + share * (most[c] - least[c]) for c in costs}
+        choice = allocated(name, rows, limits)
+        offers = by_unit(rows)
+        assert choice.keys() == offers.keys() and all(row in offers[unit] for unit, row in choice.items())
+        for cost, limit in limits.items():
+            assert fsum(getattr(r, cost) for r in choice.values()) <= limit
+        assert allocated(name, rows, limits) == choice, "another choice the second time"
+        if share == 1.0 and costs == ("bytes",) and not ragged:
+            assert fsum(r.damage for r in choice.values()) == extreme(rows, "damage", min), (
+                "there was room for the best"
+            )
+
+
+@pytest.mark.parametrize("cost", ["bytes", "seconds", "damage"])
+@each_allocator
+def test_an_allocator_refuses_what_no_plan_meets(name: str, cost: str) -> None:
+    rows = [dataclasses.replace(row, damage=row.damage + 0.01) for row in table(4)]
+    with pytest.raises(BudgetError, match=cost):
+        allocated(name, rows, {cost: 0.9 * extreme(rows, cost, min)})
+
+
+@each_allocator
+def test_an_allocator_refuses_a_table_that_is_none(name: str) -> None:
+    method = small(ALLOCATORS[name])
+    for rows in ([], [dataclasses.replace(row, damage=float("nan")) for row in table(5)]):
+        extra = resources(rows)
+        with pytest.raises(UserError):
+            method.allocate(rows, {"bytes": 1e9}, **{k: extra[k] for k in method.needs()})
