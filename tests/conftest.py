@@ -85,7 +85,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, text: Path, one_thread: None)
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=4096, max_position_embeddings=256))
     tokens = torch.tensor(AutoTokenizer.from_pretrained(POCKET["pocket"])(text.read_text("utf-8"))["input_ids"])
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -36,7 +36,19 @@ def logits(model: Any, length: int = 24) -> torch.Tensor:
 
 def test_report_has_what_the_command_line_promises(run: Run) -> None:
     report = run.report
-    assert {"model", "budget", "original", "best", "uniform", "front", "verdict", "artifact", "plan", "seconds", "peak_bytes"} <= set(report)
+    assert {
+        "model",
+        "budget",
+        "original",
+        "best",
+        "uniform",
+        "front",
+        "verdict",
+        "artifact",
+        "plan",
+        "seconds",
+        "peak_bytes",
+    } <= set(report)
     points = [report["original"], report["best"], report["uniform"], *report["front"]]
     for point in points:
         assert {"bytes", "metric", "value", "low", "high", "retained"} <= set(point)
@@ -84,7 +96,9 @@ def test_metrics_are_those_of_the_artifact_loaded_again(run: Run, text: Path, ti
             z = trimtab.load(where).model(input_ids=tokens).logits[:, :-1].double()
         loss = torch.nn.functional.cross_entropy(z.reshape(-1, z.shape[-1]), tokens[:, 1:].reshape(-1))
         assert point["value"] == pytest.approx(float(loss.exp()), rel=1e-4)
-    assert run.report["best"]["retained"] == pytest.approx(run.report["original"]["value"] / run.report["best"]["value"])
+    assert run.report["best"]["retained"] == pytest.approx(
+        run.report["original"]["value"] / run.report["best"]["value"]
+    )
 
 
 def test_plan_text_round_trips_and_is_what_the_artifact_holds(run: Run) -> None:
@@ -155,7 +169,9 @@ def test_plan_is_carried_out_exactly(tiny: Path, text: Path, tmp_path: Path) -> 
     with torch.no_grad():
         model(input_ids=tokens)
     x = seen[0].reshape(-1, 64)
-    own = method("gptq").solve(model.model.layers[0].self_attn.q_proj.weight, parse_level("4b/g32"), gram=x.T @ x / len(x))
+    own = method("gptq").solve(
+        model.model.layers[0].self_attn.q_proj.weight, parse_level("4b/g32"), gram=x.T @ x / len(x)
+    )
     assert torch.allclose(own.dense(), contents.packed["model.layers.0.self_attn.q_proj.weight"]().dense(), atol=1e-5)
 
 
@@ -209,7 +225,13 @@ def made(kind: str, folder: Path) -> Path:
     if kind == "gpt2":
         model = t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **common))
     elif kind == "opt":
-        sizes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}
+        sizes = {
+            "hidden_size": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 64,
+        }
         model = t.OPTForCausalLM(t.OPTConfig(max_position_embeddings=64, init_std=0.08, vocab_size=4096, **sizes))
     else:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -237,7 +259,7 @@ def test_other_architectures_go_through(kind: str, text: Path, tmp_path: Path) -
     assert ("decode" in found.report["gate"]) == (kind != "bert")
 
 
-MODULE = '''
+MODULE = """
 import torch
 from torch import nn
 
@@ -258,7 +280,7 @@ def data():
         with torch.no_grad():
             made[split] = (images, network().eval()(images).argmax(1))
     return made
-'''
+"""
 
 
 @pytest.fixture

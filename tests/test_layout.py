@@ -9,10 +9,14 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import trimtab
 from trimtab import catalogue, docs
@@ -37,6 +41,10 @@ SWITCHES = {"trust_remote_code": True, "allow_pickle": True, "weights_only": Fal
 
 def sources(*folders: str) -> list[Path]:
     return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
 def for_types_only(tree: ast.Module) -> set[ast.AST]:
@@ -96,9 +104,8 @@ def dangers(text: str) -> list[str]:
 def test_rooms_import_only_what_they_may() -> None:
     wrong = {}
     for file in sources("trimtab"):
-        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        if rooms := foreign(file.read_text("utf-8"), module):
-            wrong[module] = sorted(rooms)
+        if rooms := foreign(file.read_text("utf-8"), module_of(file)):
+            wrong[module_of(file)] = sorted(rooms)
     assert wrong == {}
 
 
@@ -147,6 +154,34 @@ def test_the_rule_of_dangers_sees(text: str) -> None:
 @pytest.mark.parametrize("text", ["model.eval()", "ast.literal_eval(t)", "f(trust_remote_code=False)", "re.compile(t)"])
 def test_the_rule_of_dangers_lets_pass(text: str) -> None:
     assert dangers(text) == []
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+    core, optional = names(project["dependencies"]), names(extras["formats"] + extras["vision"])
+    allowed = {
+        "trimtab": core | optional,
+        "claims": core | optional,
+        "benchmarks": core | optional | names(extras["dev"]),
+    }
+    allowed["tests"] = allowed["benchmarks"]
+    owners = packages_distributions()
+    ours = {"trimtab", "claims", "benchmarks", "tests"} | {file.stem for file in sources("tests")}
+    wrong = {}
+    for folder, known in allowed.items():
+        for file in sources(folder):
+            tops = {name.split(".")[0] for name in imports(ast.parse(file.read_text("utf-8")), module_of(file))}
+            outside = tops - sys.stdlib_module_names - ours
+            if missing := {
+                top for top in outside if not {canonicalize_name(d) for d in owners.get(top, [top])} & known
+            }:
+                wrong[str(file.relative_to(ROOT))] = sorted(missing)
+    assert wrong == {}
 
 
 def test_importing_trimtab_loads_nothing_heavy() -> None:

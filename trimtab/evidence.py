@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -347,18 +348,15 @@ class Evidence:
         size = 0
         for turn in range(TIGHTENINGS):
             name = f"result-{turn}"
-            applied = job.timed("applying", lambda n=name, c=candidate: job.apply(c, n))
-            size = self.journal.step(
-                f"{name}/artifact",
-                lambda a=applied, c=candidate: job.timed("writing", lambda: self.write(a, c.plan, folder)),
-            )
+            applied = job.timed("applying", partial(job.apply, candidate, name))
+            write = partial(self.write, applied, candidate.plan, folder)
+            size = self.journal.step(f"{name}/artifact", partial(job.timed, "writing", write))
             if not folder.exists():
-                self.write(applied, candidate.plan, folder)
+                write()
             over = max(0, size - budget.size) if budget.size is not None else 0
             if not over:
-                gate = self.journal.step(
-                    f"{name}/gate", lambda a=applied: job.timed("verifying", lambda: self.gate(a, folder))
-                )
+                check = partial(self.gate, applied, folder)
+                gate = self.journal.step(f"{name}/gate", partial(job.timed, "verifying", check))
                 over = max(0, gate["peak_bytes"] - budget.memory) if budget.memory is not None else 0
             if not over or rows is None or candidate.name != "fitted":
                 break
@@ -374,7 +372,7 @@ class Evidence:
         original = self.scores("original", "test", job.stream)
         ours = self.scores("result", "test", lambda: applied.stream)
         best = self.point(candidate.name, size, ours, original, "test", plan=candidate.plan)
-        report = {
+        report: dict[str, Any] = {
             **{"model": job.source.name, "task": job.task.name, "budget": budget.limits(), "best": best},
             "original": self.point("original", job.source.bytes, original, original, "test"),
             "uniform": None,
@@ -488,8 +486,8 @@ class Evidence:
         from trimtab.report.page import write_page
 
         out = self.job.out
-        write_atomic(out / "report.json", lambda p: p.write_text(json.dumps(report, indent=1)) and None)
-        write_atomic(out / "plan.toml", lambda p: p.write_text(Plan.parse(report["plan"]).to_toml()) and None)
+        write_atomic(out / "report.json", lambda p: p.write_text(json.dumps(report, indent=1)))
+        write_atomic(out / "plan.toml", lambda p: p.write_text(Plan.parse(report["plan"]).to_toml()))
         write_page(report, out / "report.html")
 
 

@@ -211,13 +211,16 @@ class Job:
         from trimtab.engine.probe import original_row, probe
 
         rows, drops = probe(
-            *(self._probe_stream, self.units, self.batch("calibration"), self.batch("search"), self.task, self.chunk),
-            **{
-                "seed": self.request.seed,
-                "reference": self.reference,
-                "step": self.journal.step,
-                "drops": self.dropper is not None,
-            },
+            self._probe_stream,
+            self.units,
+            self.batch("calibration"),
+            self.batch("search"),
+            self.task,
+            self.chunk,
+            seed=self.request.seed,
+            reference=self.reference,
+            step=self.journal.step,
+            drops=self.dropper is not None,
             progress=self.tell("probing"),
         )
         return rows + [original_row(u, self.source.dtype) for u in self.units], drops

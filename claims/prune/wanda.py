@@ -10,8 +10,8 @@ LEVELS = {"50": "50%", "60": "60%", "2_4": "2:4"}
 
 CLAIM = Claim(
     method="wanda",
-    statement="Ranking the weights of a row by |w| times the norm of their input has a lower perplexity than magnitude pruning, "
-    "without changing a weight that stays.",
+    statement="Ranking the weights of a row by |w| times the norm of their input has a lower perplexity than magnitude "
+    "pruning, without changing a weight that stays.",
     source="Sun et al. 2023, arXiv:2306.11695, tables 3 and 4",
     figure="LLaMA-7B at 50 %, perplexity on WikiText-2: 5.68 (dense), 17.29 (magnitude), 7.26 (Wanda)",
     setting="The shipped language model, linears of all blocks; 32 calibration and 64 test windows of 256 tokens.",

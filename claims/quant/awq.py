@@ -1,4 +1,4 @@
-"""AWQ: scaling salient channels lowers what rounding to nearest loses, and needs less of the calibration data than GPTQ."""
+"""AWQ: scaling salient channels lowers what rounding to nearest loses, and leans less on the calibration text."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ LAYERS = "model.layers.*"
 
 CLAIM = Claim(
     method="awq",
-    statement="Scaling the channels that activations make salient lowers the perplexity of rounding to nearest at equal bits; "
-    "it is the activations and not the weights that tell which channels to protect; and calibration text of another kind "
-    "hurts less than it hurts GPTQ.",
+    statement="Scaling the channels that activations make salient lowers the perplexity of rounding to nearest at "
+    "equal bits; it is the activations and not the weights that tell which channels to protect; and calibration text "
+    "of another kind hurts less than it hurts GPTQ.",
     source="Lin et al. 2023, arXiv:2306.00978, tables 1, 4 and figure 8",
-    figure="Llama-2-7B, perplexity on WikiText-2: 5.47 (fp16), 5.73 (RTN), 5.60 (AWQ) at 4 bits; 6.66 (RTN), 6.24 (AWQ) at 3",
-    setting="The shipped language model, linears of all blocks, groups of 128; 32 calibration and 64 test windows of 256 tokens. "
-    "Outlier channels were planted (4 channels of each norm's output times 20, the function the same), but for the checks "
-    "that say so. Protected channels: 1 % of each linear's inputs kept in full precision, by mean |x| or by norm of the "
-    "weight's column. Other text: calibration windows with the fewest letters, test windows with the most, and reversed.",
-    metric="perplexity a token; kl: mean KL divergence to the original, nats a token; rise: ratio of the KL with calibration "
-    "text of another kind to that with text of the same kind",
+    figure="Llama-2-7B, perplexity on WikiText-2: 5.47 (fp16), 5.73 (RTN), 5.60 (AWQ) at 4 bits; 6.66 (RTN), 6.24 "
+    "(AWQ) at 3",
+    setting="The shipped language model, linears of all blocks, groups of 128; 32 calibration and 64 test windows of "
+    "256 tokens. Outlier channels were planted (4 channels of each norm's output times 20, the function the same), but "
+    "for the checks that say so. Protected channels: 1 % of each linear's inputs kept in full precision, by mean |x| "
+    "or by norm of the weight's column. Other text: calibration windows with the fewest letters, test windows with the "
+    "most, and reversed.",
+    metric="perplexity a token; kl: mean KL divergence to the original, nats a token; rise: ratio of the KL with "
+    "calibration text of another kind to that with text of the same kind",
     checks=(
         Check("4 bits: perplexity below RTN's", "perplexity_awq_4b", "<", "perplexity_rtn_4b"),
         Check("3 bits: perplexity below RTN's", "perplexity_awq_3b", "<", "perplexity_rtn_3b"),

@@ -43,24 +43,22 @@ def command(
     with o.progress(quiet or json) as tell:
         result = fit(
             model,
-            **{
-                "budget": budget,
-                "out": out,
-                "resume": resume,
-                "progress": tell,
-                "data": data,
-                "plan": read_plan(plan),
-                "effort": effort,
-                "target": target,
-            },
-            **{
-                "methods": tuple(m for m in methods.split(",") if m),
-                "allocator": allocator,
-                "length": length,
-                "context": context,
-                "batch": batch,
-            },
-            **{"couple": couple, "padding": padding, "seed": seed},
+            budget=budget,
+            out=out,
+            resume=resume,
+            progress=tell,
+            data=data,
+            plan=read_plan(plan),
+            effort=effort,
+            target=target,
+            methods=tuple(m for m in methods.split(",") if m),
+            allocator=allocator,
+            length=length,
+            context=context,
+            batch=batch,
+            couple=couple,
+            padding=padding,
+            seed=seed,
         )
     if json:
         o.print_json(result.report())

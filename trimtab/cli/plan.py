@@ -29,14 +29,16 @@ def command(
     budget = Budget.of(size, memory, latency, quality)
     found = preview(
         model,
-        **{
-            "budget": budget,
-            "data": data,
-            "effort": effort,
-            "target": target,
-            "methods": tuple(m for m in methods.split(",") if m),
-        },
-        **{"allocator": allocator, "length": length, "couple": couple, "padding": padding, "seed": seed},
+        budget=budget,
+        data=data,
+        effort=effort,
+        target=target,
+        methods=tuple(m for m in methods.split(",") if m),
+        allocator=allocator,
+        length=length,
+        couple=couple,
+        padding=padding,
+        seed=seed,
     )
     if json:
         o.print_json(found)

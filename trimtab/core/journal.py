@@ -21,20 +21,18 @@ from trimtab.core.errors import UserError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failing disk into a clear error."""
+    """Turn what the operating system says while `path` is written into one sentence for the user."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"no room left on the disk while writing {path}; free some space and go on with --resume"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose another folder with --out") from error
-        raise
+            cure = "nothing half-written was left: free some space or name another folder; a run goes on with --resume"
+            raise UserError(f"{path}: the disk is full ({error.strerror}); {cure}") from None
+        cure = "name a folder that you may write to"
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}; {cure}") from None
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside `path`, flush it to disk, and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.part")
     with writing(path):

@@ -314,10 +314,10 @@ def parse_level(text: str) -> Level:
     '4b/g64+r8'
     """
     text = text.strip().lower()
-    level = _parse(text)
-    if level is None:
+    found = _parse(text)
+    if found is None:
         raise UserError(f"unknown level {text!r}; levels look like {_KNOWN}")
-    return level
+    return found
 
 
 def _parse(text: str) -> Level | None:

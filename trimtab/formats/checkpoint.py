@@ -8,7 +8,6 @@ that shrinks meanwhile kills the process.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from trimtab.core.errors import UserError
+from trimtab.core.journal import writing
 
 if TYPE_CHECKING:
     import torch
@@ -385,19 +385,6 @@ def _read_into(entry: Entry, start: int, target: memoryview) -> None:
                     f"{entry.file}: the file became shorter while it was read; leave it alone and try again"
                 )
             done += count
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says while `path` is written into one sentence for the user."""
-    try:
-        yield
-    except OSError as reason:
-        if reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            cure = "nothing half-written was left: free some space or name another folder"
-            raise UserError(f"{path}: the disk is full ({reason.strerror}); {cure}") from None
-        cure = "name a folder that you may write to"
-        raise UserError(f"{path}: cannot be written: {reason.strerror or reason}; {cure}") from None
 
 
 def write_bytes(path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview]) -> None:

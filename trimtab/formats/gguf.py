@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.core.errors import UserError
+from trimtab.core.journal import writing
 from trimtab.core.level import Dense, Float, Int, Level, Shape
-from trimtab.formats.checkpoint import writing
 from trimtab.formats.huggingface import Flow, Stock, Tensors, summary
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.core.errors import UserError
+from trimtab.core.journal import writing
 from trimtab.core.level import DENSE_BITS, NM, Codebook, Dense, Float, Int, Level, Plus, Rank, Shape, Sparse
-from trimtab.formats.checkpoint import write_bytes, write_safetensors, writing
+from trimtab.formats.checkpoint import write_bytes, write_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor

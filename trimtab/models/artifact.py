@@ -95,7 +95,7 @@ def write_artifact(
                 separators=(",", ":"),
                 sort_keys=True,
             )
-            write_atomic(temporary / MANIFEST, lambda p: p.write_text(text) and None)
+            write_atomic(temporary / MANIFEST, lambda p: p.write_text(text))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

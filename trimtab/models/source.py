@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from trimtab.formats.checkpoint import Checkpoint
+
 # what a folder must give along with the weights, and an artifact or export copies
 SIDECARS = (
     *(
@@ -260,7 +262,7 @@ def _huggingface(name: str, folder: Path) -> Source:
     architecture = (config.get("architectures") or [""])[0]
     task = next((t for suffix, t in TASKS.items() if architecture.endswith(suffix)), "embedding")
     model = skeleton_of(config, name)
-    aliases = _aliases(model, checkpoint.names(), getattr(model, "base_model_prefix", ""))
+    aliases = _aliases(model, checkpoint, name)
     checkpoint.check_finite()
 
     def read(parameter: str) -> Tensor:
@@ -282,32 +284,63 @@ def _huggingface(name: str, folder: Path) -> Source:
     )
 
 
-def _aliases(model: nn.Module, stored: Iterable[str], prefix: str) -> dict[str, str]:
-    """Parameter name -> name in the checkpoint, which may lack the base model's prefix or have it in excess."""
-    stored = set(stored)
+def _aliases(model: nn.Module, checkpoint: Checkpoint, where: str) -> dict[str, str]:
+    """Parameter name -> name in the checkpoint, which may lack the base model's prefix, have it in excess, or be older.
+
+    Raises:
+        UserError: a tensor is missing, or has another shape than the configuration says.
+    """
+    stored = set(checkpoint.names())
+    renamed, merged = _renamed(model, stored)
+    prefix = getattr(model, "base_model_prefix", "")
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(_persistent(model))}
     found: dict[str, str] = {}
-    missing = []
-    names = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} | {
-        n: id(b) for n, b in _persistent(model)
-    }
-    for name in names:
+    for name in tensors:
         for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if candidate in stored:
-                found[name] = candidate
+            if source := candidate if candidate in stored else renamed.get(candidate):
+                found[name] = source
                 break
-        else:
-            missing.append(name)
-    covered = {names[n] for n in found}
-    absent = [n for n in missing if names[n] not in covered]
+    covered = {id(tensors[n]) for n in found}
+    absent = [n for n in tensors if id(tensors[n]) not in covered]
+    if absent and merged:
+        raise UserError(
+            f"{where} stores {merged} apart from what it belongs with, and its architecture wants the parts as one "
+            "tensor; save the model again from memory with its tensors as they are there"
+        )
     if absent:
         raise UserError(
-            f"the checkpoint lacks {len(absent)} of the model's tensors, {absent[0]} first; it may be incomplete, or "
-            "saved by another version of the architecture"
+            f"the checkpoint of {where} lacks {len(absent)} of the model's tensors, {absent[0]} first; it may be "
+            "incomplete, or saved by another version of the architecture: download it again"
         )
     first: dict[int, str] = {}
     for name in found:
-        first.setdefault(names[name], name)
-    return {n: found[n] for n in first.values()}
+        first.setdefault(id(tensors[name]), name)
+    aliases = {n: found[n] for n in first.values()}
+    for name, source in aliases.items():
+        if checkpoint.shape(source) != tuple(tensors[name].shape):
+            raise UserError(
+                f"{source} of {where} has shape {checkpoint.shape(source)} in the checkpoint, and config.json makes "
+                f"it {tuple(tensors[name].shape)}: the two do not belong together; download the model again"
+            )
+    return aliases
+
+
+def _renamed(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str, str], str | None]:
+    """Name in the model -> older name in the checkpoint, as this transformers renames it; a name that is but a part."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    changes = get_model_conversion_mapping(model)
+    names = [c for c in changes if isinstance(c, WeightRenaming)]
+    rest = [c for c in changes if not isinstance(c, WeightRenaming)]
+    found, part = {}, None
+    for name in sorted(stored):
+        new, converted = rename_source_key(name, names, rest)
+        if converted is not None:
+            part = part or name
+        elif new != name:
+            found[new] = name
+    return found, part
 
 
 def _persistent(model: nn.Module) -> list[tuple[str, Tensor]]:
