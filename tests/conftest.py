@@ -1,4 +1,4 @@
-"""What several test files share: a tiny language model, a text, one finished run of each kind, and the command line called in this process."""
+"""What several test files share: a tiny model, a text, one finished run of each kind, the command line in this process."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
-    """One thread of torch: models this small only lose by more, and a run's bytes depend on no machine's number of cores."""
+    """One thread of torch: models this small lose by more, and a run's bytes depend on no machine's number of cores."""
     import torch
 
     before = torch.get_num_threads()
@@ -79,7 +79,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, text: Path, one_thread: None) -> Path:
-    """A Llama of two blocks with pocket's tokenizer, trained on the text for some seconds: enough for damage to be seen."""
+    """A Llama of two blocks with pocket's tokenizer, trained on the text for a moment: enough for damage to be seen."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

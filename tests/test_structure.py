@@ -83,7 +83,8 @@ def mixed() -> nn.Module:
     """Layers of two sorts, whose caches differ."""
     config = transformers.Qwen3Config(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, use_sliding_window=True, sliding_window=4, max_window_layers=0,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, use_sliding_window=True, sliding_window=4,
+        max_window_layers=0,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     )  # fmt: skip
     return transformers.Qwen3ForCausalLM(config)
@@ -516,9 +517,18 @@ def zero_units(model: nn.Module, modelmap: ModelMap, path: str, units: list[int]
 
 
 @pytest.mark.parametrize("method", [ChannelNorm(), ChannelNorm(p=2), ChannelEnergy(), ChannelEnergy(refit=False)])
-@pytest.mark.parametrize("name,path", [("resnet", "stem"), ("resnet", "blocks.0.conv1"), ("resnet", "blocks.1.conv2"),
-                                       ("llama", "model.layers.1.mlp.up_proj"), ("gpt2", "transformer.h.0.mlp.c_fc"),
-                                       ("opt", "model.decoder.layers.2.fc1"), ("vit", "vit.layers.0.mlp.fc1")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,path",
+    [
+        ("resnet", "stem"),
+        ("resnet", "blocks.0.conv1"),
+        ("resnet", "blocks.1.conv2"),
+        ("llama", "model.layers.1.mlp.up_proj"),
+        ("gpt2", "transformer.h.0.mlp.c_fc"),
+        ("opt", "model.decoder.layers.2.fc1"),
+        ("vit", "vit.layers.0.mlp.fc1"),
+    ],
+)
 def test_removing_zeroed_channels_changes_nothing(name: str, path: str, method: Any) -> None:
     make = {**TRANSFORMERS, "resnet": ResNet}[name]
     model = filled(make)

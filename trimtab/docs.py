@@ -95,6 +95,7 @@ def method_page(cls: type[Method], row: Mapping[str, Any] | None) -> str:
         ("family", f"`{cls.family()}`"),
         ("verb", f"`{cls.verb}`"),
         ("paper", _paper(card.paper)),
+        ("rows of the catalogue", _codes(card.catalogue)),
         ("statistics it asks for", _codes(cls.needs())),
         ("requires", _codes(sorted(card.requires))),
         ("leaves", _codes(sorted(card.leaves))),
@@ -105,17 +106,10 @@ def method_page(cls: type[Method], row: Mapping[str, Any] | None) -> str:
     defaults = [(f.name, f.default) for f in fields(cls) if f.default is not MISSING]  # type: ignore[arg-type]
     if defaults:
         facts.append(("defaults", _codes(f"{name}={value!r}" for name, value in defaults)))
-    lines = [f"# {cls.__name__}", "", f"In plans: `{card.name}`.", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts]
-    lines += [
-        "",
-        *prose(inspect.getdoc(cls) or ""),
-        "",
-        "## Evidence",
-        "",
-        *evidence(row, record_path(cls).relative_to(catalogue.ROOT).as_posix()),
-    ]
-    return "\n".join(lines) + "\n"
+    lines = [f"# {cls.__name__}", "", *prose(inspect.getdoc(cls) or ""), "", "## Card", ""]
+    lines += [f"| in plans | `{card.name}` |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts)]
+    file = record_path(cls).relative_to(catalogue.ROOT).as_posix()
+    return "\n".join([*lines, "", "## Evidence", "", *evidence(row, file)]) + "\n"
 
 
 def prose(text: str) -> list[str]:

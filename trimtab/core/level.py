@@ -324,8 +324,8 @@ def _parse(text: str) -> Level | None:
     if text in NAMED:
         return NAMED[text]
     if text.endswith("/h") and text[:-2] in NAMED:
-        base = NAMED[text[:-2]]
-        return type(base)(**{**base.__dict__, "hadamard": True}) if isinstance(base, Int | Float) else None
+        plain = NAMED[text[:-2]]
+        return type(plain)(**{**plain.__dict__, "hadamard": True}) if isinstance(plain, Int | Float) else None
     if match := re.fullmatch(r"(.+)\+(r\d+(?:/bias)?)", text):
         base, extra = _parse(match[1]), _parse(match[2])
         return (

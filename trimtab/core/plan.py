@@ -125,7 +125,8 @@ def _step(text: str) -> Step:
 
 
 def _levels(step: Step, sites: list[Site]) -> dict[str, Level]:
-    card, chosen = step.method.card, {}
+    card = step.method.card
+    chosen: dict[str, Level] = {}
     fit = [s for s in sites if s.kind in card.kinds]
     for selector, level in step.levels:
         hit = [s for s in fit if selector in ("*", s.path, s.role) or fnmatchcase(s.path, selector)]

@@ -62,7 +62,7 @@ def solve(method: Solver, site: Site, weight: Tensor, level: Level, stats: Mappi
     Raises:
         UserError: the method asks for a statistic that this site cannot have.
     """
-    wanted = {}
+    wanted: dict[str, Any] = {}
     for name in method.needs():
         if name == "rng":
             wanted[name] = seed_for(site.path, seed)
@@ -307,7 +307,8 @@ def _rewrite_model(
     """
     method, levels = step
     assert isinstance(method, Rewriter)
-    needs, stats = set(method.needs()), {}
+    needs = set(method.needs())
+    stats: dict[str, dict[str, Tensor]] = {}
     if needs & {"gram", "mean", "absmean"}:
         _, behind = _outside(stream, batch)
         flow = stream.begin(batch.inputs, chunk)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -181,12 +182,10 @@ def probe(
     def inside(index: int) -> dict[str, Any]:
         rows, gone = [], {}
         mine = by_place.get(index, [])
-        variants: list[tuple[list[Any] | None, list[Any]]] = []
+        variants: list[tuple[list[Any], list[Any]]] = []
         with stream.loaded(index):
-            wanted = {s.path: set(Choice.parse(c).method.needs()) for u in mine for c in u.choices for s in u.sites}
-            for unit in mine:
-                for site in unit.sites:
-                    wanted[site.path] = {n for c in unit.choices for n in Choice.parse(c).method.needs()}
+            asked = {u.name: {n for c in u.choices for n in Choice.parse(c).method.needs()} for u in mine}
+            wanted = {s.path: asked[u.name] for u in mine for s in u.sites}
             collector = Collector([s for u in mine for s in u.sites], stream.map.siblings, wanted)
             if collector.sites:
                 with collector.attached(stream.model):
@@ -219,7 +218,7 @@ def probe(
     if "before" in by_place:
         rows_at("before", lambda: outside("before"))
     for i in range(len(stream.paths)):
-        rows_at(i, lambda i=i: inside(i))
+        rows_at(i, partial(inside, i))
         with stream.loaded(i):
             calib.hidden, look.hidden = stream.forward(i, calib), stream.forward(i, look)
     if "behind" in by_place:

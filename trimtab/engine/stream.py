@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class Stream:
         self.paths: tuple[str, ...] = tuple(modelmap.blocks) or ("",)
         self.whole = not modelmap.blocks
         self.packed: MutableMapping[str, Packed] = {}
-        self.dropped: dict[str, bool] = {}
+        self.biases: dict[str, Tensor] = {}  # as they were before a packed weight corrected the mean
         self.resident = 4 * modelmap.parameters < RESIDENT_BYTES if resident is None else resident
         self._owners = _owners(self.model, set(source.names))
         self._inside = {n for p in self.paths for n in self._owners if self.whole or n.startswith(p + ".")}
@@ -86,8 +87,8 @@ class Stream:
     def _free(self, names: Iterable[str]) -> None:
         for name in names:
             for module, key in self._owners[name]:
-                if key in module._parameters and module._parameters[key] is not None:
-                    module._parameters[key] = nn.Parameter(module._parameters[key].to("meta"), requires_grad=False)
+                if (old := module._parameters.get(key)) is not None:
+                    module._parameters[key] = nn.Parameter(old.to("meta"), requires_grad=False)
 
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -107,7 +108,7 @@ class Stream:
 
     def weight(self, site: Site) -> Tensor:
         """The weight as methods see it, `[out, in]` fp32; a convolution's kernel flattened."""
-        w = self.model.get_submodule(site.path).weight.detach()
+        w = self.model.get_parameter(f"{site.path}.weight").detach()
         return w.T.contiguous() if site.transposed else w.reshape(w.shape[0], -1)
 
     def _place(self, site: Site, packed: Packed) -> None:
@@ -120,7 +121,9 @@ class Stream:
             module._parameters["weight"] = parameter
         if shift is not None:
             module = self.model.get_submodule(site.path)
-            old = module._parameters.get("bias")
+            old = self.biases.get(f"{site.path}.bias", module._parameters.get("bias"))
+            if old is not None:
+                self.biases[f"{site.path}.bias"] = old.detach()
             module._parameters["bias"] = nn.Parameter(shift if old is None else old + shift, requires_grad=False)
 
     def _tied(self, site: Site) -> list[nn.Module]:
@@ -142,16 +145,14 @@ class Stream:
                 if packed is None:
                     parent, _, key = path.rpartition(".")
                     owner, module = self.model.get_submodule(parent), self.model.get_submodule(path)
-                    old.append(lambda o=owner, k=key, m=module: setattr(o, k, m))
+                    old.append(partial(setattr, owner, key, module))
                     setattr(owner, key, Dropped(returned(module)))
                 else:
                     site = self.sites[path]
                     modules = self._tied(site)
-                    before, bias = (
-                        modules[0]._parameters["weight"],
-                        self.model.get_submodule(path)._parameters.get("bias"),
-                    )
-                    old.append(lambda ms=modules, b=before, p=path, v=bias: self._restore(ms, b, p, v))
+                    before = modules[0]._parameters["weight"]
+                    bias = self.model.get_submodule(path)._parameters.get("bias")
+                    old.append(partial(self._restore, modules, before, path, bias))
                     self._place(site, packed)
             yield
         finally:
@@ -166,10 +167,14 @@ class Stream:
             module._parameters["bias"] = bias
 
     def current(self, name: str) -> Tensor:
-        """A tensor as it stands in the model: rewrites and biases included."""
+        """A tensor as it stands in the model, rewrites included; a bias without what a packed weight adds to it."""
+        if name in self.biases:
+            return self.biases[name]
         module, key = self._owners[name][0]
-        value = module._parameters.get(key)
-        return (module._buffers[key] if value is None else value).detach()
+        value: Tensor | None = module._parameters.get(key)
+        value = module._buffers[key] if value is None else value
+        assert value is not None
+        return value.detach()
 
     def whole_model(self) -> nn.Module:
         """The model with all its weights in memory, as far as earlier steps changed them changed."""
@@ -281,6 +286,7 @@ def own_sites(modelmap: Any) -> dict[str, Site]:
 def _owners(model: nn.Module, known: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
     """Stored name -> the (module, key) pairs that share it."""
     first: dict[int, str] = {}
+    tensor: Tensor | None
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if name in known:
             first.setdefault(id(tensor), name)

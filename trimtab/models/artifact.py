@@ -12,12 +12,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import commit_folder, write_atomic, writing
-from trimtab.core.level import parse_level
+from trimtab.core.level import Level, parse_level
 from trimtab.formats.packed import Packed, tensor_names
 from trimtab.models.source import fill, skeleton_of
 
@@ -149,10 +150,12 @@ def open_artifact(folder: Path | str) -> Contents:
                 else UserError(f"{path}: the entry of {name} is damaged; fit the model again")
             ) from error
         names -= set(parts.values())
-        packed[name] = lambda level=level, matrix=matrix, parts=parts: Packed(
-            level, matrix, {k: checkpoint.read(v) for k, v in parts.items()}
-        )
+        packed[name] = partial(_unpacked, checkpoint.read, level, matrix, parts)
     return Contents(folder, manifest, packed, tuple(sorted(names)), checkpoint.read)
+
+
+def _unpacked(read: Callable[[str], Tensor], level: Level, matrix: tuple[int, ...], parts: dict[str, str]) -> Packed:
+    return Packed(level, matrix, {k: read(v) for k, v in parts.items()})
 
 
 def dense_parameter(contents: Contents, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.errors import UserError
 from trimtab.core.level import Float, Int
 from trimtab.core.method import Card, Rewriter, Scene
 from trimtab.core.modelmap import ModelMap, Norm
@@ -76,12 +77,20 @@ class AWQ(Rewriter):
         requires=frozenset({"float"}),
         leaves=frozenset({"float"}),
         keeps=frozenset({"function", "shape", "deterministic"}),
-        levels=("2b/g32", "3b/g64", "4b/g64", "4b/row", "mxfp4"),
+        levels=("2b/g32", "3b/g64", "4b/row", "4b/g64", "mxfp4"),
         kinds=frozenset({"linear", "head"}),
     )
 
     def rewrite(self, scene: Scene, *, gram: Mapping[str, Tensor], absmean: Mapping[str, Tensor]) -> None:
-        """Scale the linears that `scene.levels` names and fold the inverse into what feeds them."""
+        """Scale the linears that `scene.levels` names and fold the inverse into what feeds them.
+
+        Raises:
+            UserError: a path that the model does not have, or a level that is neither integers nor minifloats.
+        """
+        for path, level in scene.levels.items():
+            scene.modelmap.site(path)
+            if not isinstance(level, Int | Float):
+                raise UserError(f"awq was asked for {level} at {path}; it takes integers and minifloats, like 4b/g64")
         for fold in _folds(scene.modelmap, set(scene.levels) & set(gram) & set(absmean)):
             sites = [scene.modelmap.site(path) for path in fold.readers]
             salience = _pooled(absmean[fold.readers[0]].float(), fold.rows)

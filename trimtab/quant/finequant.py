@@ -52,7 +52,7 @@ class FineQuant(Solver):
         requires=frozenset({"float"}),
         leaves=frozenset({"int"}),
         keeps=frozenset({"shape", "deterministic"}),
-        levels=("3b/g32", "4b/g32", "4b/g64", "8b/g64"),
+        levels=("3b/g32", "4b/g64", "4b/g32", "8b/g64"),
         kinds=frozenset({"linear", "head", "embedding", "conv"}),
     )
 

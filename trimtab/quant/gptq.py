@@ -51,7 +51,7 @@ class GPTQ(Solver):
         requires=frozenset({"float"}),
         leaves=frozenset({"int"}),
         keeps=frozenset({"shape", "deterministic"}),
-        levels=("2b/g32", "3b/g64", "4b/g64", "4b/g64/sym", "4b/row", "8b/row"),
+        levels=("2b/g32", "3b/g64", "4b/row", "4b/g64/sym", "4b/g64", "8b/row"),
         kinds=frozenset({"linear", "head", "conv"}),
     )
 

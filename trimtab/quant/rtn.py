@@ -40,7 +40,7 @@ class RTN(Solver):
         requires=frozenset({"float"}),
         leaves=frozenset({"int"}),
         keeps=frozenset({"shape", "deterministic", "monotone"}),
-        levels=("2b/g32", "3b/g64", "4b/g64", "4b/row", "mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8", "8b/row"),
+        levels=("2b/g32", "3b/g64", "4b/row", "4b/g64", "mxfp4", "nvfp4", "mxfp6", "mxfp8", "mxint8", "8b/row"),
         kinds=frozenset({"linear", "head", "embedding", "conv"}),
     )
 

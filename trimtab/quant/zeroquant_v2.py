@@ -51,7 +51,7 @@ class ZeroQuantV2(Solver):
         requires=frozenset({"float"}),
         leaves=frozenset({"int", "factored"}),
         keeps=frozenset({"shape", "deterministic"}),
-        levels=("2b/g32+r8", "3b/g64+r8", "4b/g64+r8", "4b/row+r8"),
+        levels=("2b/g32+r8", "3b/g64+r8", "4b/row+r8", "4b/g64+r8"),
         kinds=frozenset({"linear", "head"}),
     )
 

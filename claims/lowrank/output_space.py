@@ -1,0 +1,140 @@
+"""Unified low-rank framework: a click model keeps its ranking when its layers are factored from their outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.claim import Check, Claim
+from trimtab.core.level import Rank
+from trimtab.engine.run import seconds_of
+from trimtab.formats.packed import Packed
+from trimtab.formats.structure import replay
+from trimtab.lowrank.greenformers import LRT
+from trimtab.lowrank.output_space import UnifiedLowRank
+
+FIELDS, VALUES, DIM, WIDTH = 12, 60, 16, 256
+RANKS = (4, 8, 24)
+SMALL = 24  # rank at which the multi-layer part has at most a quarter of its parameters
+
+CLAIM = Claim(
+    method="output-space",
+    statement="Factoring a click model's layers by the principal components of their outputs ranks clicks better than "
+    "the truncated SVD of their weights, and at 3 to 5 times fewer parameters as well as the dense model, and faster.",
+    source="Yu et al. 2024, arXiv:2405.18146, sections 3-4",
+    figure="3-5 times smaller, faster inference and a higher AUC than the uncompressed models",
+    setting="Synthetic clicks: 12 fields of 60 values, drawn with unequal frequencies, click probability from pairs of "
+    "latent factors; an embedding of 16 a field and layers 192-256-256-256-1, trained here on 40,000 samples; moments "
+    "from 4,096 of them, AUC on 20,000 others. Factored: the three layers of width 256, without tuning.",
+    metric="auc: area under the ROC curve; ratio: parameters of the three layers, dense by factored; time: share of dense",
+    checks=(
+        *(Check(f"AUC above weight SVD at rank {r}", f"auc_output_{r}", ">", f"auc_svd_{r}") for r in RANKS),
+        Check("3 times fewer parameters or more", "ratio", ">=", 3.0),
+        Check("AUC not below dense then", f"auc_output_{SMALL}", ">=", "auc"),
+        Check("and faster than dense", "time", "<", 1.0),
+    ),
+    seeds=(0, 1, 2, 3, 4),
+)
+
+
+class ClickModel(nn.Module):
+    """Embeddings of the fields, one after the other, and a multi-layer perceptron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(FIELDS * VALUES, DIM)
+        sizes = (FIELDS * DIM, WIDTH, WIDTH, WIDTH)
+        parts = [p for a, b in zip(sizes, sizes[1:], strict=False) for p in (nn.Linear(a, b), nn.ReLU())]
+        self.layers = nn.Sequential(*parts, nn.Linear(WIDTH, 1))
+
+    def forward(self, fields: Tensor) -> Tensor:
+        return self.layers(self.table(fields).flatten(1)).squeeze(1)
+
+
+def measure(lab: Any, seed: int) -> dict[str, float]:
+    """Numbers of one synthetic world and the model trained in it."""
+    rng = torch.Generator().manual_seed(seed)
+    taste = torch.randn(FIELDS * VALUES, 4, generator=rng)
+    frequent = torch.rand(FIELDS, VALUES, generator=rng) ** 4
+
+    def clicks(count: int) -> tuple[Tensor, Tensor]:
+        drawn = torch.multinomial(frequent, count, replacement=True, generator=rng).T
+        fields = drawn + VALUES * torch.arange(FIELDS)
+        parts = taste[fields]
+        pairs = (parts.sum(1).square() - parts.square().sum(1)).sum(1)
+        logit = (pairs - pairs.mean()) / pairs.std() * 1.5 - 1
+        return fields, (torch.rand(count, generator=rng) < torch.sigmoid(logit)).float()
+
+    train, labels = clicks(40_000)
+    test, truth = clicks(20_000)
+    model = _trained(train, labels, rng)
+    stats = _moments(model, train[:4096])
+    found = {"auc": _auc(model(test), truth)}
+    for rank in RANKS:
+        for name, level in (("svd", Rank(rank)), ("output", Rank(rank, True))):
+            packed = {}
+            for path, (gram, mean) in stats.items():
+                weight = model.get_submodule(path).weight.detach()
+                if name == "svd":
+                    packed[path] = LRT().solve(weight, level, rng=rng)
+                else:
+                    packed[path] = UnifiedLowRank().solve(weight, level, gram=gram, mean=mean)
+            thin = _factored(model, packed)
+            with torch.no_grad():
+                found[f"auc_{name}_{rank}"] = _auc(thin(test), truth)
+            if name == "output" and rank == SMALL:
+                dense = sum(model.get_submodule(p).weight.numel() for p in stats)
+                found["ratio"] = dense / sum(t.numel() for p in packed.values() for t in p.tensors.values())
+                found["time"] = _seconds(thin, test) / _seconds(model, test)
+    return found
+
+
+def _trained(fields: Tensor, labels: Tensor, rng: torch.Generator) -> nn.Module:
+    model = ClickModel()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * (0.1 if p.dim() == 1 else (2 / p.shape[1]) ** 0.5 / 2))
+    adam = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-2)
+    for _ in range(3):
+        for pick in torch.randperm(len(fields), generator=rng).split(512):
+            adam.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(model(fields[pick]), labels[pick]).backward()
+            adam.step()
+    return model.eval().requires_grad_(False)
+
+
+def _moments(model: nn.Module, fields: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Second moment and mean of the inputs of the three layers."""
+    found = {}
+    x = model.table(fields).flatten(1)
+    for name, part in model.layers.named_children():
+        if isinstance(part, nn.Linear) and part.out_features == WIDTH:
+            found[f"layers.{name}"] = (x.T @ x / len(x), x.mean(0))
+        x = part(x)
+    return found
+
+
+def _factored(model: nn.Module, packed: dict[str, Packed]) -> nn.Module:
+    thin = ClickModel().eval().requires_grad_(False)
+    thin.load_state_dict(model.state_dict())
+    replay(thin, [{"op": "factor", "path": path, "rank": p.level.rank} for path, p in packed.items()])
+    for path, p in packed.items():
+        made, shift = thin.get_submodule(path), p.bias()
+        made.right.weight.copy_(p.tensors["right"])
+        made.left.weight.copy_(p.tensors["left"])
+        made.left.bias.copy_(model.get_submodule(path).bias + (0 if shift is None else shift))
+    return thin
+
+
+def _auc(score: Tensor, truth: Tensor) -> float:
+    """Probability that a click scores above a non-click (Mann-Whitney)."""
+    rank = score.double().argsort().argsort().double() + 1
+    ones = truth.sum().double()
+    return float((rank[truth == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(truth) - ones)))
+
+
+def _seconds(model: nn.Module, fields: Tensor) -> float:
+    rows = model.table(fields[:8192]).flatten(1)
+    return seconds_of(lambda: model.layers(rows), repeats=15)
