@@ -1,4 +1,4 @@
-"""What several test files share: a tiny model, a text, one finished run of each kind, the command line in this process."""
+"""What several test files share: a tiny model, a text, a finished run of each kind, the command line in this process."""
 
 from __future__ import annotations
 

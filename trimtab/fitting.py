@@ -9,8 +9,11 @@ same bytes.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ class Fit:
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self.report_[name]
+            return vars(self)["report_"][name]
         except KeyError:
             raise AttributeError(name) from None
 
@@ -82,10 +85,22 @@ class Request:
                 raise UserError(f"unknown {what} {value!r}{did_you_mean(value, known)}; choose from {', '.join(known)}")
         if not isinstance(method(self.allocator), Allocator):
             raise UserError(f"{self.allocator} is no allocator; `trimtab methods --family alloc` lists them")
+        choices = [v for v in menu(self.effort).values() if isinstance(v, list) and isinstance(v[0], str)]
+        tried = {c.partition("@")[0].partition("(")[0] for c in chain(*choices)}
         for name in self.methods:
             method(name)
+            if name not in tried:
+                raise UserError(
+                    f"{name} was named among the methods to search over, and a search at effort {self.effort} tries "
+                    f"{', '.join(sorted(tried))}; a method beside these is carried out by --plan"
+                )
         if self.plan is not None:
             Plan.parse(self.plan)
+
+
+def menu(effort: str) -> dict[str, Any]:
+    """What a search at that effort tries at each kind of site, and how much data it uses."""
+    return tomllib.loads(files("trimtab").joinpath("menus.toml").read_text("utf-8"))[effort]
 
 
 def fit(
@@ -114,6 +129,10 @@ def fit(
         UserError: bad input. BudgetError: no plan meets the budget.
     """
     request = Request(model, budget or Budget(), **options)
+    if request.plan is None and not request.budget.limits():
+        raise UserError(
+            "a fit needs a budget: give at least one of --size, --memory, --latency, --quality, or a --plan"
+        )
     from trimtab.job import Job
 
     return Fit(Job(request, Path(out or default_folder(model)), resume, progress).go())

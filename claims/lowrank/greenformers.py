@@ -20,7 +20,7 @@ STEPS, ITEMS, LENGTH, RATE = 60, 8, 128, 1e-3
 CLAIM = Claim(
     method="lrt",
     statement="At about half the parameters a low-rank transformer is smaller and faster than a dense one on short "
-    "inputs and stays near its quality, and Linformer, whose attention is low-rank in length, overtakes it on long ones.",
+    "inputs and stays near its quality; Linformer, whose attention is low-rank in length, overtakes it on long ones.",
     source="Cahyawijaya 2021, arXiv:2108.10808, chapters 3-5",
     figure="LRT for up to 512 tokens, Linformer from 512 on; over 30 % lower cost of developing BERT-base",
     setting="Time: one encoder layer (width 256, inner 1,024), dense, factored at half the parameters, and Linformer "
@@ -38,7 +38,7 @@ CLAIM = Claim(
 
 
 class Layer(nn.Module):
-    """A transformer encoder layer without norms' cost in question; with `projected`, keys and values are projected in length."""
+    """A transformer encoder layer; with `projected`, keys and values are projected in length, as Linformer has it."""
 
     def __init__(self, rng: torch.Generator, projected: int = 0, length: int = 0) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from trimtab.core.claim import Check, Claim
 from trimtab.core.level import Width
 from trimtab.core.method import Scene
 from trimtab.engine.measure import measure as score
+from trimtab.engine.measure import references, through
 from trimtab.engine.run import seconds_of
 from trimtab.prune.slicegpt import SliceGPT
 
@@ -58,22 +59,29 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
         "unrotated": (SliceGPT(shared=True, damp=0.0), SLICED, energy),
         "random": (SliceGPT(shared=True, damp=0.0), SLICED, dict.fromkeys(gram, lots)),
     }
-    whole = bench.measure()
+    original = bench.stream()
+    flow = through(original, bench.test, bench.chunk)
+    kept = references(original, flow, bench.test, bench.task)
+    before = score(original, bench.test, bench.task, bench.chunk)
     ids = bench.test.inputs["input_ids"][:8]
-    found = {"perplexity": whole.value, "parameters": float(bench.modelmap.parameters)}
-    times = {"original": _seconds(whole.applied.stream.model, ids)}
+    found = {"perplexity": _perplexity(before), "parameters": float(bench.modelmap.parameters)}
+    times = {"original": _seconds(original.model, ids)}
     for name, (method, level, moments) in arms.items():
         stream = bench.stream()
         model = stream.whole_model()
         scene = Scene(model, bench.modelmap, levels={"residual": level})
         method.rewrite(scene, gram=moments, mean=mean)
         changed = stream.over(model, bench.calibration)
-        scores = score(changed, bench.test, bench.task, bench.chunk, bench.reference)
-        found[f"perplexity_{name}"] = float((scores.nll.sum() / scores.count.sum()).exp())
+        scores = score(changed, bench.test, bench.task, bench.chunk, kept)
+        found[f"perplexity_{name}"] = _perplexity(scores)
         found[f"kl_{name}"] = float(scores.kl.sum() / scores.count.sum())
         found[f"parameters_{name}"] = float(sum(p.numel() for p in model.parameters()))
         times[name] = _seconds(model, ids)
     return found | {f"time_{name}": times[name] / times["original"] for name in ("sliced", "shared")}
+
+
+def _perplexity(scores: Any) -> float:
+    return float((scores.nll.sum() / scores.count.sum()).exp())
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from math import ceil, log2, prod
 
@@ -45,6 +46,15 @@ def rows_cols(shape: Shape) -> tuple[int, int]:
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` codes of `bits` bits, end to end."""
     return (count * bits + 7) // 8
+
+
+def _percent(share: float) -> str:
+    """A share in per cent, every digit of it, so that `_share` gives the same number back."""
+    return f"{(Decimal(repr(share)) * 100).normalize():f}%"
+
+
+def _share(percent: str) -> float:
+    return float(Decimal(percent) / 100)
 
 
 class Level(ABC):
@@ -166,7 +176,7 @@ class Sparse(Level):
         return 2 * self.kept(shape)
 
     def __str__(self) -> str:
-        return f"{100 * self.ratio:g}%"
+        return _percent(self.ratio)
 
 
 @dataclass(frozen=True)
@@ -249,7 +259,7 @@ class Width(Level):
         return 2 * max(1, round(self.keep * rows)) * cols
 
     def __str__(self) -> str:
-        return f"w{100 * self.keep:g}%"
+        return f"w{_percent(self.keep)}"
 
 
 @dataclass(frozen=True)
@@ -295,6 +305,7 @@ _GROUPED = re.compile(
     r"(?:(?P<bits>\d+)b|e(?P<e>\d)m(?P<m>\d))/(?:row|g(?P<group>\d+))(?P<sym>/sym)?(?:/(?P<scale>e8m0|e4m3))?(?P<h>/h)?"
 )
 _CODEBOOK = re.compile(r"vq/d(\d+)/k(\d+)(?:/r(\d+))?")
+LONGEST = 400  # characters of a level's text: the shortest share above zero takes this many digits
 _KNOWN = (
     "4b/g64, 4b/g64/sym, 4b/row, e2m1/g32, mxfp4, mxfp8, mxint8, nvfp4, nvint4, vq/d4/k256, 50%, 2:4, r16, "
     "4b/g64+r8, w75%, drop, bf16"
@@ -314,9 +325,10 @@ def parse_level(text: str) -> Level:
     '4b/g64+r8'
     """
     text = text.strip().lower()
-    found = _parse(text)
+    found = _parse(text) if text.isascii() and len(text) <= LONGEST else None
     if found is None:
-        raise UserError(f"unknown level {text!r}; levels look like {_KNOWN}")
+        shown = text if len(text) <= LONGEST else text[:LONGEST] + "..."
+        raise UserError(f"unknown level {shown!r}; levels look like {_KNOWN}")
     return found
 
 
@@ -328,9 +340,8 @@ def _parse(text: str) -> Level | None:
         return type(plain)(**{**plain.__dict__, "hadamard": True}) if isinstance(plain, Int | Float) else None
     if match := re.fullmatch(r"(.+)\+(r\d+(?:/bias)?)", text):
         base, extra = _parse(match[1]), _parse(match[2])
-        return (
-            Plus(base, extra) if base is not None and isinstance(extra, Rank) and not isinstance(base, Rank) else None
-        )
+        coarse = isinstance(base, Dense | Int | Float | Codebook | Sparse | NM)
+        return Plus(base, extra) if base and coarse and isinstance(extra, Rank) else None
     if match := _GROUPED.fullmatch(text):
         group = int(match["group"]) if match["group"] else None
         scale, hadamard = match["scale"] or "f16", bool(match["h"])
@@ -345,8 +356,8 @@ def _parse(text: str) -> Level | None:
         dim, size, residual = int(match[1]), int(match[2]), int(match[3] or 0)
         powers = all(k >= 2 and not k & (k - 1) and k <= 65536 for k in (size, *([residual] if match[3] else [])))
         return Codebook(dim, size, residual) if dim >= 1 and powers else None
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?(?:e-?\d+)?)%", text):
-        ratio = float(match[1]) / 100
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+        ratio = _share(match[1])
         return Sparse(ratio) if 0 <= ratio < 1 else None
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = int(match[1]), int(match[2])
@@ -354,6 +365,6 @@ def _parse(text: str) -> Level | None:
     if match := re.fullmatch(r"r(\d+)(/bias)?", text):
         return Rank(int(match[1]), bool(match[2])) if int(match[1]) >= 1 else None
     if match := re.fullmatch(r"w(\d+(?:\.\d+)?)%", text):
-        keep = float(match[1]) / 100
+        keep = _share(match[1])
         return Width(keep) if 0 < keep <= 1 else None
     return None

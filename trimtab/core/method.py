@@ -215,11 +215,13 @@ def method(name: str, **config: Any) -> Method:
         raise UserError(f"unknown method {name!r}{did_you_mean(name, known)}; `trimtab methods` lists all {len(known)}")
     cls = known[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key, value in config.items():
+    for key, value in list(config.items()):
         if key not in fields:
             hint = f"its fields are {', '.join(fields)}" if fields else "it has none"
             raise UserError(f"method {name} has no field {key!r}; {hint}")
         default = fields[key].default
+        if isinstance(default, tuple) and isinstance(value, list):  # TOML and JSON know lists alone
+            value = config[key] = tuple(value)
         numeric = isinstance(default, int | float) and not isinstance(default, bool)
         fits = isinstance(value, int | float) if numeric else isinstance(value, type(default))
         if default not in (None, dataclasses.MISSING) and not fits:

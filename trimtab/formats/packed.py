@@ -173,12 +173,13 @@ def hadamard_blocks(weight: Tensor, block: int) -> Tensor:
     A short last group is left as it is.
     """
     cols = weight.shape[1] // block * block
+    if not cols:
+        return weight
     x = weight[:, :cols].reshape(weight.shape[0], -1, block)
     h = 1
     while h < block:
-        x = x.reshape(*x.shape[:2], -1, 2, h) if x.dim() == 3 else x
-        a, b = x[..., 0, :], x[..., 1, :]
-        x = torch.stack((a + b, a - b), dim=-2).reshape(weight.shape[0], -1, block)
+        a, b = x.reshape(*x.shape[:2], -1, 2, h).unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2).reshape(x.shape)
         h *= 2
     return torch.cat((x.reshape(weight.shape[0], cols) / block**0.5, weight[:, cols:]), dim=1)
 

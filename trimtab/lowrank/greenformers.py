@@ -50,8 +50,10 @@ class LRT(Solver):
         """The factors of `weight [out, in]` at a rank.
 
         Raises:
-            UserError: the level asks for a bias, which needs data that this method does not look at.
+            UserError: the level is no rank, or asks for a bias, which needs data that this method does not look at.
         """
+        if not isinstance(level, Rank):
+            raise UserError(f"lrt was asked for {level}; it takes ranks, like r16")
         if level.bias:
             raise UserError(
                 f"lrt was asked for {level}, but it sees no data to take a mean of: use r{level.rank} or output-space"

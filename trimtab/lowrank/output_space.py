@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.core.errors import UserError
 from trimtab.core.level import Rank
 from trimtab.core.method import Card, Solver
 from trimtab.formats.packed import Packed, pack_rank
@@ -54,7 +55,13 @@ class UnifiedLowRank(Solver):
     )
 
     def solve(self, weight: Tensor, level: Rank, *, gram: Tensor, mean: Tensor) -> Packed:
-        """The factors of `weight [out, in]` at a rank, and the bias `[out]` where the level stores one."""
+        """The factors of `weight [out, in]` at a rank, and the bias `[out]` where the level stores one.
+
+        Raises:
+            UserError: the level is no rank.
+        """
+        if not isinstance(level, Rank):
+            raise UserError(f"output-space was asked for {level}; it takes ranks, like r16 or r16/bias")
         moment = gram - torch.outer(mean, mean) if level.bias else gram
         basis = output_basis(weight, moment, min(level.rank, *weight.shape), self.damp)
         wide = weight.double()

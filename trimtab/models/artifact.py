@@ -122,33 +122,32 @@ def open_artifact(folder: Path | str) -> Contents:
     if not path.is_file():
         raise UserError(f"{folder} is no artifact: it has no {MANIFEST}; `trimtab fit` makes one")
     try:
-        manifest = json.loads(path.read_text())
-        assert isinstance(manifest, dict) and isinstance(manifest["packed"], dict)
-    except (UnicodeDecodeError, json.JSONDecodeError, AssertionError, KeyError) as error:
-        raise UserError(f"{path} is damaged; fit the model again") from error
-    if manifest.get("format") != FORMAT:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is no JSON; fit the model again") from error
+    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
         raise UserError(
             f"{path} has format {manifest.get('format')!r}, and this Trimtab reads {FORMAT}; update one or the other"
         )
+    for key, kind in (("packed", dict), ("task", str), ("edits", list), ("source", dict)):
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            raise UserError(f"{path} is damaged: its entry {key!r} is missing or of another kind; fit the model again")
     checkpoint = Checkpoint(folder)
     names = set(checkpoint.names())
     packed: dict[str, Callable[[], Packed]] = {}
     for name, row in manifest["packed"].items():
         try:
             level, matrix = parse_level(row["level"]), tuple(int(n) for n in row["matrix"])
-            parts = {part: f"{name}.{part}" for part in tensor_names(level)}
-            size = sum(checkpoint.nbytes(p) for p in parts.values())
-            if size != level.bytes(matrix):
-                raise UserError(
-                    f"{folder}: {name} holds {size} bytes, and {level} of {matrix} takes {level.bytes(matrix)}: the "
-                    "artifact is damaged; fit again"
-                )
-        except (KeyError, TypeError, ValueError) as error:
-            raise (
-                error
-                if isinstance(error, UserError)
-                else UserError(f"{path}: the entry of {name} is damaged; fit the model again")
-            ) from error
+            sound = isinstance(row["transposed"], bool) and prod(row["shape"]) == prod(matrix)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: its entry of {name} cannot be read; fit the model again") from error
+        parts = {part: f"{name}.{part}" for part in tensor_names(level)}
+        size = sum(checkpoint.nbytes(p) for p in parts.values())
+        if not sound or size != level.bytes(matrix):
+            raise UserError(
+                f"{folder} is damaged: {name} holds {size} bytes for {row['shape']}, and {level} of {matrix} takes "
+                f"{level.bytes(matrix)}; fit the model again"
+            )
         names -= set(parts.values())
         packed[name] = partial(_unpacked, checkpoint.read, level, matrix, parts)
     return Contents(folder, manifest, packed, tuple(sorted(names)), checkpoint.read)
@@ -227,7 +226,7 @@ def make_skeleton(contents: Contents) -> nn.Module:
     Raises:
         UserError: it came from a Python function, which an artifact does not hold.
     """
-    from trimtab.models.source import _on_meta
+    from trimtab.models.source import _on_meta, read_config
 
     path = contents.folder / "config.json"
     if not path.is_file():
@@ -236,7 +235,7 @@ def make_skeleton(contents: Contents) -> nn.Module:
             f"{contents.folder} came from {made_by}; name that function again with --model, for an artifact holds no "
             "code"
         )
-    config = json.loads(path.read_text())
+    config = read_config(contents.folder)
     if config.get("model_type") == "pocket-cnn":
         from trimtab.models.pocket.cnn import PocketCNN
 

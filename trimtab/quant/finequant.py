@@ -26,8 +26,8 @@ class FineQuant(Solver):
     than the level asked for.
 
     Args:
-        alpha: least share by which the mean range must fall for groups to be halved. Halving narrows the ranges of normal
-            weights by 8 % (from 256 columns) to 15 % (to 16), so that what lies above speaks of outliers.
+        alpha: least share by which the mean range must fall for groups to be halved. For normal weights it falls by
+            8 % (256 columns to 128) to 15 % (32 to 16); what lies above speaks of outliers.
 
     Reference: Kim, Henry, Fahim and Awadalla 2023, arXiv:2308.09723, section on adaptive fine-grained quantisation.
     Departures: the mean as the measure of the ranges and the value of `alpha` are choices of ours. One size a matrix,

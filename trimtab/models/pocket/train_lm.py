@@ -198,6 +198,10 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # The class name that transformers 4 knows too, and no trace of where the tokenizer was loaded from.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": START, "eos_token": END,
+                "clean_up_tokenization_spaces": False}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def overlap(documents: tuple[Document, ...], known: tuple[Document, ...], lines: int = 5) -> float:
@@ -342,7 +346,8 @@ def train(work: Work, recipe: Recipe, minutes: float, guard: float, resume: bool
     work.save(model, optims, progress)
     export(model, tokenizer, SHIPPED)
     work.thin_log(SHIPPED / "train-log.jsonl")
-    measured = figures(SHIPPED, recipe, {k: round(progress[k], 1) for k in ("step", "tokens", "seconds")})
+    effort = {"steps": progress["step"], "tokens": progress["tokens"], "seconds": round(progress["seconds"], 1)}
+    measured = figures(SHIPPED, recipe, effort)
     (SHIPPED / "figures.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps(measured, indent=2), flush=True)
 
