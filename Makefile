@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
-SIZE ?= 2.2MB
+SIZE ?= 3MB
+EFFORT ?= quick
 MODEL ?= pocket
 
 # The tokenisers warn when a process forks after they used threads; ours are not worth the warning.
@@ -31,7 +32,7 @@ $(READY): requirements.lock pyproject.toml
 
 # One try: a machine without root or without a package source runs everything but the browser tests, which say so.
 $(BROWSER): $(READY)
-	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	@if { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing chromium for the browser tests"; \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } </dev/null >$(VENV)/chromium.log 2>&1 \
@@ -40,7 +41,7 @@ $(BROWSER): $(READY)
 	@touch $@
 
 fit: $(READY) ## compress MODEL (the shipped pocket) into SIZE and print the evidence
-	$(BIN)/trimtab fit $(MODEL) --size $(SIZE)
+	$(BIN)/trimtab fit $(MODEL) --size $(SIZE) --effort $(EFFORT)
 
 test: lint types unit ## what continuous integration runs
 

@@ -270,3 +270,16 @@ def test_cnn_refuses_missing_damaged_and_incomplete_weights(tmp_path: Path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"first head\.bias"):
         PocketCNN.from_pretrained(tmp_path)
+
+
+def test_the_page_quotes_the_figures():
+    page = (Path(__file__).parent.parent / "docs" / "pocket.md").read_text()
+    figures = {name: json.loads((POCKET[name] / "figures.json").read_text()) for name in POCKET}
+    for split in ("search", "test"):
+        row = figures["pocket-lm"][split]
+        numbers = [f"{row[k]:.3f}" for k in ("bits_per_byte", "xz_bits_per_byte", "ratio_to_xz")]
+        assert f"| {split} | {row['bytes']:,} | {' | '.join(numbers)} |" in page
+    for name in ("pocket-cnn", "pocket-vit"):
+        train, search, test = (figures[name][s]["correct"] for s in ("train", "search", "test"))
+        assert f"| `{name}` | {train} / 1197 | {search} / 300 | {test} / 300 |" in page
+        assert f"{figures[name]['parameters']:,}" in page

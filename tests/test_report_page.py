@@ -141,6 +141,16 @@ def test_two_splits_are_not_one_chart() -> None:
     assert "data that the search never saw" in text
 
 
+def test_intervals_are_those_of_the_paired_difference_where_there_are_any() -> None:
+    front = [p | {"difference": [0.1, 0.3], "split": "search"} for p in a_report()["front"]]
+    front.append(a_report()["original"] | {"name": "original", "difference": [0.0, 0.0], "split": "search"})
+    best = a_report()["best"] | {"difference": [0.5, 0.7], "split": "test"}
+    text = page(a_report(front=front, best=best, uniform=...))
+    assert "of the paired difference from the original" in text and "+0.5 to +0.7" in text
+    assert "perplexity 24 (18.2 to 18.4)" in text, "the original's 18.1 and the difference"
+    assert "paired difference" not in page(a_report())
+
+
 def test_hostile_text_is_text_everywhere() -> None:
     report = a_report(
         **dict.fromkeys(("model", "verdict", "plan", "artifact"), HOSTILE),

@@ -119,4 +119,10 @@ def read_report(run: str | Path) -> dict[str, Any]:
             else "no run; `trimtab fit` makes one"
         )
         raise UserError(f"{run} holds {cure}")
-    return json.loads(path.read_text())
+    try:
+        report = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; `trimtab fit ... --resume` writes it again") from error
+    if not isinstance(report, dict) or not {"best", "original", "front", "plan", "sites"} <= set(report):
+        raise UserError(f"{path} is no report of a fit; `trimtab fit ... --resume` writes it again")
+    return report

@@ -16,19 +16,19 @@ from trimtab.formats.structure import replay
 from trimtab.lowrank.greenformers import LRT
 from trimtab.lowrank.output_space import UnifiedLowRank
 
-FIELDS, VALUES, DIM, WIDTH = 12, 60, 16, 256
+FIELDS, VALUES, DIM, WIDTH = 10, 20, 16, 256
 RANKS = (4, 8, 24)
 SMALL = 24  # rank at which the multi-layer part has at most a quarter of its parameters
 
 CLAIM = Claim(
     method="output-space",
     statement="Factoring a click model's layers by the principal components of their outputs ranks clicks better than "
-    "the truncated SVD of their weights, and at 3 to 5 times fewer parameters as well as the dense model, and faster.",
+    "the truncated SVD of their weights; at 3 to 5 times fewer parameters it is as good as dense, and faster.",
     source="Yu et al. 2024, arXiv:2405.18146, sections 3-4",
     figure="3-5 times smaller, faster inference and a higher AUC than the uncompressed models",
-    setting="Synthetic clicks: 12 fields of 60 values, drawn with unequal frequencies, click probability from pairs of "
-    "latent factors; an embedding of 16 a field and layers 192-256-256-256-1, trained here on 40,000 samples; moments "
-    "from 4,096 of them, AUC on 20,000 others. Factored: the three layers of width 256, without tuning.",
+    setting="Synthetic clicks: 10 fields of 20 values, drawn with unequal frequencies, click probability from pairs of "
+    "latent factors; embeddings of 16 a field and layers 160-256-256-256-1, trained here in one pass over 100,000 "
+    "samples; moments from 4,096 of them, AUC on 20,000 others. Factored: the three layers of width 256, without tuning.",
     metric="auc: area under the ROC curve; ratio: the three layers' parameters, dense by factored; time: share of dense",
     checks=(
         *(Check(f"AUC above weight SVD at rank {r}", f"auc_output_{r}", ">", f"auc_svd_{r}") for r in RANKS),
@@ -68,7 +68,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
         logit = (pairs - pairs.mean()) / pairs.std() * 1.5 - 1
         return fields, (torch.rand(count, generator=rng) < torch.sigmoid(logit)).float()
 
-    train, labels = clicks(40_000)
+    train, labels = clicks(100_000)
     test, truth = clicks(20_000)
     model = _trained(train, labels, rng)
     stats = _moments(model, train[:4096])
@@ -98,11 +98,10 @@ def _trained(fields: Tensor, labels: Tensor, rng: torch.Generator) -> nn.Module:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=rng) * (0.1 if p.dim() == 1 else (2 / p.shape[1]) ** 0.5 / 2))
     adam = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-2)
-    for _ in range(3):
-        for pick in torch.randperm(len(fields), generator=rng).split(512):
-            adam.zero_grad()
-            nn.functional.binary_cross_entropy_with_logits(model(fields[pick]), labels[pick]).backward()
-            adam.step()
+    for x, y in zip(fields.split(256), labels.split(256), strict=True):
+        adam.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(model(x), y).backward()
+        adam.step()
     return model.eval().requires_grad_(False)
 
 

@@ -20,17 +20,17 @@ SLICED = Width(0.75)
 
 CLAIM = Claim(
     method="slicegpt",
-    statement="Rotating the residual changes nothing; deleting a quarter of its principal axes costs less than deleting "
-    "random or unrotated columns, and the narrower dense network is faster.",
+    statement="Rotating the residual changes nothing; deleting a quarter of its principal axes costs less than "
+    "deleting random or unrotated columns, and the narrower dense network is faster.",
     source="Ashkboos et al. 2024, arXiv:2401.15024, theorem 1 and sections 3-4",
     figure="25 % of parameters removed: 99 % (LLaMA-2-70B, OPT-66B) and 90 % (Phi-2) of zero-shot accuracy; 64-66 % of "
     "the compute",
-    setting="The shipped language model (width 256); 32 calibration and 64 test windows of 256 tokens. Deleted columns "
+    setting="The shipped language model (width 256); 24 calibration and 32 test windows of 256 tokens. Deleted columns "
     "are the same at every place: drawn at random, or those of least energy behind the norms. Time: one forward of 8 "
     "windows, as a share of the original's in the same run; a quarter sliced with one shared rotation.",
     metric="perplexity a token; kl: mean KL divergence to the original, nats a token; time: share of the original's",
     checks=(
-        Check("rotation alone: KL below 1e-6", "kl_rotated", "<", 1e-6),
+        Check("rotation alone: KL below 1e-5", "kl_rotated", "<", 1e-5),
         Check("perplexity below deleting random columns", "perplexity_sliced", "<", "perplexity_random"),
         Check("perplexity below deleting unrotated columns", "perplexity_sliced", "<", "perplexity_unrotated"),
         Check(

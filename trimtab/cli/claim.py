@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli import options as o
+from trimtab.core.errors import UserError
 
 
 def command(
@@ -18,6 +19,8 @@ def command(
     """Measure a claim over its seeds; the verdict is computed and kept with machine, versions and data hashes."""
     from trimtab.catalogue import claimed, run_claim
 
+    if name is None and not every:
+        raise UserError("which claim? name a method, like `trimtab claim gptq`, or ask for all with --all")
     records = []
     with o.progress(quiet or json) as tell:
         for method in claimed() if every else [name or ""]:

@@ -14,10 +14,11 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from trimtab.core.errors import UserError
 from trimtab.core.level import Float, Int, Level, Plus, parse_level, rows_cols
-from trimtab.core.method import Method, Solver, did_you_mean, method
+from trimtab.core.method import Method, Rewriter, Solver, did_you_mean, method
 from trimtab.core.site import Site
 
 NOT_FLOAT = frozenset({"int", "codebook", "sparse", "factored", "dropped"})
@@ -80,7 +81,7 @@ class Plan:
             document = tomllib.loads(text)
             rows = [(row["method"], row.get("config", {}), row["levels"]) for row in document["step"]]
             return Plan(
-                tuple(Step(method(n, **c), tuple((s, parse_level(t)) for s, t in levels)) for n, c, levels in rows)
+                tuple(Step(_worker(n, c), tuple((s, parse_level(t)) for s, t in levels)) for n, c, levels in rows)
             )
         except UserError:
             raise
@@ -121,7 +122,15 @@ def _step(text: str) -> Step:
     for part in match["levels"].split(","):
         selector, _, level = part.rpartition("=")
         levels.append((selector.strip() or "*", parse_level(level)))
-    return Step(method(match["name"], **config), tuple(levels))
+    return Step(_worker(match["name"], config), tuple(levels))
+
+
+def _worker(name: str, config: Mapping[str, Any]) -> Method:
+    """A method that can stand in a plan."""
+    found = method(name, **config)
+    if not isinstance(found, Solver | Rewriter):
+        raise UserError(f"{name} cannot be a step of a plan: its verb is `{found.verb}`; give it with --allocator")
+    return found
 
 
 def _levels(step: Step, sites: list[Site]) -> dict[str, Level]:

@@ -21,10 +21,10 @@ from trimtab.core.method import Method, Rewriter, Scene, Solver
 from trimtab.core.site import Site
 from trimtab.engine.stats import Collector, gathers
 from trimtab.engine.stream import Flow, Stream
-from trimtab.formats.packed import Packed
+from trimtab.formats.packed import Packed, join_rows, row_separable
 
 Resolved = list[tuple[Method, dict[str, Level]]]
-OUTSIDE = -1  # the place of everything before the first block in a progress report
+TILE = 1 << 23  # weights in a tile: what a solver holds besides is a few times this
 
 
 @dataclass
@@ -59,6 +59,8 @@ def seed_for(path: str, seed: int) -> torch.Generator:
 def solve(method: Solver, site: Site, weight: Tensor, level: Level, stats: Mapping[str, Tensor], seed: int) -> Packed:
     """One site taken to its level, with the statistics that the method asks for.
 
+    A large weight whose rows are rounded on their own, without statistics, is done in tiles of rows.
+
     Raises:
         UserError: the method asks for a statistic that this site cannot have.
     """
@@ -73,7 +75,9 @@ def solve(method: Solver, site: Site, weight: Tensor, level: Level, stats: Mappi
                 f"{method.card.name} needs the statistic {name}, which {site.path} ({site.kind}) does not have; use "
                 "`rtn` there"
             )
-    packed = method.solve(weight, level, **wanted)
+    tiled = not wanted and weight.numel() > 2 * TILE and row_separable(level)
+    rows = max(8, TILE // weight.shape[1] // 8 * 8) if tiled else len(weight)
+    packed = join_rows([method.solve(part, level, **wanted) for part in weight.split(rows)])
     broken = [k for k, t in packed.tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if broken:
         raise UserError(

@@ -5,7 +5,6 @@ collected.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,8 +46,11 @@ class Collector:
             sums = self.sums.setdefault(site.path, {})
             self.rows[site.path] = self.rows.get(site.path, 0) + len(x)
             for name in self.wanted[site.path]:
-                part = x.T @ x if name == "gram" else x.sum(0) if name == "mean" else x.abs().sum(0)
-                sums[name] = sums[name].add_(part) if name in sums else part
+                if name == "gram":
+                    sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+                else:
+                    part = x.sum(0) if name == "mean" else x.abs().sum(0)
+                    sums[name] = sums[name].add_(part) if name in sums else part
 
         return hook
 
@@ -69,8 +71,9 @@ class Collector:
         return attach()
 
     def result(self) -> dict[str, dict[str, Tensor]]:
-        """path -> statistic -> tensor, means over rows."""
-        means = {p: {k: v / self.rows[p] for k, v in sums.items()} for p, sums in self.sums.items()}
+        """path -> statistic -> tensor, means over rows; the sums are used up."""
+        means = {p: {k: v.div_(self.rows[p]) for k, v in sums.items()} for p, sums in self.sums.items()}
+        self.sums = {}
         return {p: means[leader] for p in self.sites if (leader := self.leader.get(p, p)) in means}
 
 
@@ -79,8 +82,3 @@ def gathers(site: Site) -> bool:
     patches mix groups.
     """
     return site.kind in ("linear", "head") or (site.kind == "conv" and site.groups == 1 and len(site.shape) == 4)
-
-
-def columns(site: Site) -> int:
-    """Columns of the site's weight as methods see it."""
-    return prod(site.shape[1:])

@@ -70,7 +70,9 @@ class Stream:
         self.resident = 4 * modelmap.parameters < RESIDENT_BYTES if resident is None else resident
         self._owners = _owners(self.model, set(source.names))
         self._inside = {n for p in self.paths for n in self._owners if self.whole or n.startswith(p + ".")}
-        self._load([n for n in self._owners if self.resident or n not in self._inside])
+        self.swaps: dict[str, Packed] = {}  # of sites whose weights are not in memory while they are swapped
+        self._load([n for n in self._owners if self.resident or self._is_buffer(n)])
+        self._handles = [] if self.resident else self._load_when_used()
 
     # ---- weights
 
@@ -83,6 +85,33 @@ class Stream:
                     module._parameters[key] = nn.Parameter(value, requires_grad=False)
                 else:
                     module._buffers[key] = value
+
+    def _is_buffer(self, name: str) -> bool:
+        module, key = self._owners[name][0]
+        return key not in module._parameters
+
+    def _load_when_used(self) -> list[Any]:
+        """Have what lies outside the blocks loaded by its module's forward and freed behind it."""
+        names: dict[nn.Module, list[str]] = {}
+        for name, owners in self._owners.items():
+            for module, _ in owners:
+                if name not in self._inside and not self._is_buffer(name):
+                    names.setdefault(module, []).append(name)
+        handles: list[Any] = []
+        for module, mine in names.items():
+            site = next((s for s in self.sites.values() if module in self._tied(s)), None)
+
+            def load(m: nn.Module, args: Any, mine: list[str] = mine, site: Site | None = site) -> None:
+                self._load(mine)
+                packed = site and (self.swaps.get(site.path) or self.packed.get(site.path))
+                if site and packed:
+                    self._place(site, packed)
+
+            def free(m: nn.Module, args: Any, output: Any, mine: list[str] = mine) -> None:
+                self._free(mine)
+
+            handles += [module.register_forward_pre_hook(load), module.register_forward_hook(free)]
+        return handles
 
     def _free(self, names: Iterable[str]) -> None:
         for name in names:
@@ -109,14 +138,25 @@ class Stream:
     def weight(self, site: Site) -> Tensor:
         """The weight as methods see it, `[out, in]` fp32; a convolution's kernel flattened."""
         w = self.model.get_parameter(f"{site.path}.weight").detach()
+        if w.is_meta:
+            packed = self.packed.get(site.path)
+            w = self.source.read(self._stored(site)).float() if packed is None else self._shaped(site, packed.dense())
         return w.T.contiguous() if site.transposed else w.reshape(w.shape[0], -1)
+
+    def _stored(self, site: Site) -> str:
+        """Name under which the source knows a site's weight."""
+        group = next((g for g in self.map.tied if f"{site.path}.weight" in g), (f"{site.path}.weight",))
+        return next(n for n in group if n in self._owners)
+
+    @staticmethod
+    def _shaped(site: Site, dense: Tensor) -> Tensor:
+        return dense.T.contiguous() if site.transposed else dense.reshape(site.shape)
 
     def _place(self, site: Site, packed: Packed) -> None:
         self._set(site, packed.dense(), packed.bias())
 
     def _set(self, site: Site, dense: Tensor, shift: Tensor | None) -> None:
-        w = dense.T.contiguous() if site.transposed else dense.reshape(site.shape)
-        parameter = nn.Parameter(w, requires_grad=False)
+        parameter = nn.Parameter(self._shaped(site, dense), requires_grad=False)
         for module in self._tied(site):
             module._parameters["weight"] = parameter
         if shift is not None:
@@ -134,7 +174,8 @@ class Stream:
     def put(self, site: Site, packed: Packed) -> None:
         """Change a site's weight for good: the step has been applied."""
         self.packed[site.path] = packed
-        self._place(site, packed)
+        if not self.model.get_parameter(f"{site.path}.weight").is_meta:
+            self._place(site, packed)
 
     @contextlib.contextmanager
     def swapped(self, changes: Mapping[str, Packed | None]) -> Iterator[None]:
@@ -149,6 +190,10 @@ class Stream:
                     setattr(owner, key, Dropped(returned(module)))
                 else:
                     site = self.sites[path]
+                    if self.model.get_parameter(f"{path}.weight").is_meta:
+                        self.swaps[path] = packed
+                        old.append(partial(self.swaps.__delitem__, path))
+                        continue
                     modules = self._tied(site)
                     before = modules[0]._parameters["weight"]
                     bias = self.model.get_submodule(path)._parameters.get("bias")
@@ -179,7 +224,9 @@ class Stream:
     def whole_model(self) -> nn.Module:
         """The model with all its weights in memory, as far as earlier steps changed them changed."""
         if not self.resident:
-            self._load([n for n in self._owners if n in self._inside])
+            for handle in self._handles:
+                handle.remove()
+            self._load(n for n in self._owners if not self._is_buffer(n))
             for path, packed in self.packed.items():
                 self._place(self.sites[path], packed)
             self.resident = True

@@ -163,6 +163,20 @@ def pack_dense(weight: Tensor, level: Dense) -> Packed:
     return Packed(level, tuple(weight.shape), {"weight": weight.to(DTYPES[level.dtype])})
 
 
+def row_separable(level: Level) -> bool:
+    """Whether the rows of a weight are stored one after the other, none depending on another."""
+    return isinstance(level, Int | Float) and level.scale != "e4m3"
+
+
+def join_rows(parts: list[Packed]) -> Packed:
+    """Packed runs of rows, end to end; of several, the level is row-separable and every run but the last fills its bytes."""
+    if len(parts) == 1:
+        return parts[0]
+    assert all(row_separable(p.level) and p.level == parts[0].level for p in parts)
+    tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
+    return Packed(parts[0].level, (sum(p.shape[0] for p in parts), *parts[0].shape[1:]), tensors)
+
+
 # ---- from stored tensors to the weight
 
 

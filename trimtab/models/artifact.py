@@ -2,8 +2,8 @@
 is code.
 
 `trimtab.json` says for each packed weight its level and shape, the changes of structure, the plan, and where it all
-came from. A packed weight
-lies in the safetensors file as `<parameter>.<part>` (`model.layers.0.mlp.up_proj.weight.codes`).
+came from. A packed weight lies in the safetensors file as `<parameter>.<part>`
+(`model.layers.0.mlp.up_proj.weight.codes`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +139,10 @@ def open_artifact(folder: Path | str) -> Contents:
     for name, row in manifest["packed"].items():
         try:
             level, matrix = parse_level(row["level"]), tuple(int(n) for n in row["matrix"])
+            parts = {part: f"{name}.{part}" for part in tensor_names(level)}
             sound = isinstance(row["transposed"], bool) and prod(row["shape"]) == prod(matrix)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise UserError(f"{path} is damaged: its entry of {name} cannot be read; fit the model again") from error
-        parts = {part: f"{name}.{part}" for part in tensor_names(level)}
         size = sum(checkpoint.nbytes(p) for p in parts.values())
         if not sound or size != level.bytes(matrix):
             raise UserError(

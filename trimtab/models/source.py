@@ -156,7 +156,7 @@ def open_source(name: str) -> Source:
 
     if name in POCKET:
         folder = Path(POCKET[name])
-        config = _read_config(folder)
+        config = _original_config(folder)
         return (
             _pocket_cnn(name, folder, config)
             if config.get("model_type") == "pocket-cnn"
@@ -166,7 +166,7 @@ def open_source(name: str) -> Source:
     if path.is_dir():
         return (
             _pocket_cnn(name, path, c)
-            if (c := _read_config(path)).get("model_type") == "pocket-cnn"
+            if (c := _original_config(path)).get("model_type") == "pocket-cnn"
             else _huggingface(name, path)
         )
     if path.is_file():
@@ -185,23 +185,28 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        if (folder / "trimtab.json").is_file():
-            raise UserError(
-                f"{folder} is a Trimtab artifact without config.json; `trimtab run` takes it, `fit` wants the "
-                "original model"
-            )
-        raise UserError(f"{folder} has no config.json; give a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({_first_line(error)})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is JSON, but no object")
+def _original_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a folder that holds an original model."""
     if (folder / "trimtab.json").is_file():
         raise UserError(f"{folder} is a Trimtab artifact, already compressed; give the original model")
+    return read_config(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`.
+
+    Raises:
+        UserError: it is missing, or no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; give a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({_first_line(error)}); download it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is JSON, but no object; download it again")
     return config
 
 
@@ -252,7 +257,7 @@ def _mappings(auto: Any) -> list[Any]:
 def _huggingface(name: str, folder: Path) -> Source:
     from trimtab.formats.checkpoint import Checkpoint
 
-    config = _read_config(folder)
+    config = _original_config(folder)
     if "quantization_config" in config:
         raise UserError(
             f"{name} is already quantised ({config['quantization_config'].get('quant_method', 'unknown')}); give the "
@@ -430,25 +435,28 @@ def _uint8() -> Any:
 def _entry_point(name: str) -> Source:
     import torch
 
-    made = load_entry(name)()
+    made = call_entry(name)
     if not isinstance(made, torch.nn.Module):
         raise UserError(f"{name} returned a {type(made).__name__}; it must return an nn.Module")
     return from_module(made.eval(), name)
 
 
-def load_entry(name: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names; the current folder is importable.
+def call_entry(name: str) -> Any:
+    """What the function that `package.module:function` names returns; the current folder is importable.
 
     Raises:
-        UserError: the module or the function is not there, or importing it fails.
+        UserError: the module or the function is not there, or importing or calling it fails.
     """
     module_name, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
+    importlib.invalidate_caches()
     try:
-        return getattr(importlib.import_module(module_name), function)
-    except Exception as error:
-        raise UserError(f"{name} was asked for, and importing it fails: {_first_line(error)}") from error
+        return getattr(importlib.import_module(module_name), function)()
+    except Exception as error:  # the code is the user's own
+        raise UserError(
+            f"{name} was asked for, and calling it fails: {type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def _hub(name: str) -> Path:

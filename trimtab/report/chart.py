@@ -64,12 +64,13 @@ def front_section(report: Json) -> str:
     points = sorted(_classified(report), key=lambda pair: (_KINDS.index(pair[0]), pair[1]["bytes"]))
     if len(points) < 2:
         return ""
+    points, paired = _paired(points)
     chosen = next((p for kind, p in reversed(points) if kind == "best"), points[0][1])
     split = chosen.get("split")
     budget = report.get("budget")
     limit = finite(budget.get("size")) if isinstance(budget, Mapping) else None
     everyone = [point for _, point in points]
-    x = _Scale([p["bytes"] for p in everyone] + ([limit] if limit else []), 0.06, 5)
+    x = _Scale([p["bytes"] for p in everyone] + ([limit] if limit else []), 0.06, 2.5)
     spread = [v for p in everyone for k in ("value", "low", "high") if (v := finite(p.get(k))) is not None]
     y = _Scale(spread, 0.1, 5)
     down = lower_is_better(report)
@@ -101,10 +102,11 @@ def front_section(report: Json) -> str:
     metric = safe(metric_of(report))
     kinds = {kind for kind, _ in points}
     keys = "".join(f'<span><i class="mark {k}"></i>{_NAMES[k]}</span>' for k in _NAMES if k in kinds)
+    logarithmic = ", logarithmic" if y.log else ""
     return f"""<section aria-labelledby="h-front">
 <h2 id="h-front">Size against quality</h2>
-<p class="lead">{metric}{f" on the {safe(split)} data" if split else ""}, better
-upwards{", logarithmic" if y.log else ""}, with 95 % intervals. Choose a point to read its plan.</p>
+<p class="lead">{metric}{f" on the {safe(split)} data" if split else ""}, better upwards{logarithmic}, with
+95 % intervals{" of the paired difference from the original" if paired else ""}. Choose a point to read its plan.</p>
 <div class="plot"><svg id="front" height="{PLOT_HEIGHT}" role="group" aria-label="Size against {metric}">
 {"".join(ink)}</svg></div>
 <p class="keys">{keys}</p>
@@ -127,12 +129,33 @@ def _classified(report: Json) -> list[tuple[str, Json]]:
             kind = next((k for k, plan in plans.items() if plan and point.get("plan") == plan), "front")
             kind = "uniform" if kind == "front" and point.get("family") == "uniform" else kind
             found.append(("original" if point.get("name") == "original" else kind, point))
+    if found and best and "best" not in {kind for kind, _ in found}:
+        same = best.get("name")
+        found = [("best" if kind == "front" and p.get("name") == same else kind, p) for kind, p in found]
     splits = {point.get("split") for _, point in found}
     for key in ("original", "uniform", "best"):
         point = point_of(report, key)
         if _drawable(point) and splits <= {point.get("split")} and key not in {kind for kind, _ in found}:
             found.append((key, {"name": _SINGLE[key]} | ({"plan": plans[key]} if key in plans else {}) | dict(point)))
     return found
+
+
+def _paired(points: list[tuple[str, Json]]) -> tuple[list[tuple[str, Json]], bool]:
+    """Ends of the intervals from the paired difference to the original, where every point has one.
+
+    What makes an item hard for one model makes it hard for all; between points of one chart that cancels.
+    """
+    base = next((p["value"] for kind, p in points if kind == "original"), None)
+    spans = [p.get("difference") for _, p in points]
+    if base is None or not all(
+        isinstance(s, list | tuple) and len(s) == 2 and None not in map(finite, s) for s in spans
+    ):
+        return points, False
+    ends = [(base + s[0], base + s[1]) for s in spans]  # type: ignore[index]
+    moved: list[tuple[str, Json]] = [
+        (k, {**p, "low": low, "high": high}) for (k, p), (low, high) in zip(points, ends, strict=True)
+    ]
+    return moved, True
 
 
 def _undominated(points: list[tuple[str, Json]], lower: bool) -> list[Json]:

@@ -128,13 +128,21 @@ def _header(report: Json) -> str:
         f'<div class="tile"><dt>{safe(name)}</dt><dd><b>{safe(value)}</b><span>{safe(note)}</span></dd></div>'
         for name, value, note in tiles
     )
-    verdict = f'<p class="verdict" id="verdict">{safe(report["verdict"])}</p>' if report.get("verdict") else ""
+    said = str(report.get("verdict") or "")
+    verdict = f'<p class="verdict" id="verdict">{safe(said[:1].upper() + said[1:])}</p>' if said else ""
     return f"""<header>
 <p class="eyebrow">Trimtab fit{f" · budget: <span>{safe(budget)}</span>" if budget else ""}</p>
 <h1>{safe(report.get("model") or "model")}</h1>
 {verdict}
 {f'<dl class="tiles">{cards}</dl>' if cards else ""}
 </header>"""
+
+
+def _change(point: Json) -> str:
+    """The interval of the paired difference from the original; nothing for the original itself."""
+    span = point.get("difference")
+    ends = [finite(end) for end in span] if isinstance(span, list | tuple) else []
+    return f"{ends[0]:+.3g} to {ends[1]:+.3g}" if len(ends) == 2 and None not in ends and any(ends) else ""
 
 
 def _comparison(report: Json) -> str:
@@ -149,7 +157,7 @@ def _comparison(report: Json) -> str:
         cells = (
             (say_size(count), share),
             (say(point.get("value")), say_interval(point)),
-            (say_percent(point.get("retained")), ""),
+            (say_percent(point.get("retained")), _change(point)),
         )
         rows.append(
             f'<tr class="{key}"><th scope="row"><i class="mark {key}"></i>{name}</th>'
@@ -159,13 +167,14 @@ def _comparison(report: Json) -> str:
     if not rows:
         return ""
     held_out = point_of(report, "best").get("split", "test") == "test"
+    paired = any(_change(point_of(report, key)) for key in ("best", "uniform"))
     better = "lower is better" if lower_is_better(report) else "higher is better"
     return f"""<section aria-labelledby="h-compare">
 <h2 id="h-compare">{"Measured on data that the search never saw" if held_out else "Measured"}</h2>
 <div class="scroll"><table class="compare">
 <thead><tr><th scope="col">Model</th><th scope="col">Bytes<small>of original</small></th>
 <th scope="col">{safe(metric_of(report))}, 95 % interval<small>{better}</small></th>
-<th scope="col">Kept</th></tr></thead>
+<th scope="col">Kept<small>{"paired difference, 95 %" if paired else ""}</small></th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
 </section>"""
 
@@ -221,7 +230,9 @@ def _provenance(report: Json) -> str:
     groups = []
     for key, name in (("gate", "Loaded in a fresh process"), *_FACTS):
         if pairs := _flat(report.get(key) or {}, ""):
-            lines = "".join(f"<div><dt>{safe(k or name)}</dt><dd>{safe(v)}</dd></div>" for k, v in pairs)
+            lines = "".join(
+                f"<div><dt>{safe((k or name).replace('_', ' '))}</dt><dd>{safe(v)}</dd></div>" for k, v in pairs
+            )
             groups.append(f'<div class="facts {key}"><h3>{name}</h3><dl>{lines}</dl></div>')
     if limits := _limits(report):
         lines = "".join(f"<div><dt>{safe(k)}</dt><dd>{safe(v)}</dd></div>" for k, v in limits)

@@ -127,12 +127,12 @@ def _classes(source: Source, data: str | None) -> dict[str, Any]:
         }
         return {split: ({key: images}, labels) for split, (images, labels) in pairs.items()}
     if ":" in data and not Path(data).exists():
-        from trimtab.models.source import load_entry
+        from trimtab.models.source import call_entry
 
-        made = load_entry(data)()
+        made = call_entry(data)
         if not isinstance(made, dict) or set(SPLITS) - set(made):
             raise UserError(f"{data} must return a dict with the splits {', '.join(SPLITS)}, each (inputs, labels)")
-        return {s: (x if isinstance(x, dict) else {key: x}, y) for s, (x, y) in made.items()}
+        return _checked({s: made[s] for s in SPLITS}, key, source, data)
     path = Path(data).expanduser()
     if not path.is_file():
         raise UserError(
@@ -143,7 +143,57 @@ def _classes(source: Source, data: str | None) -> dict[str, Any]:
     n = len(labels)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     cuts = (0, int(0.6 * n), int(0.8 * n), n)
-    return {s: ({key: images[order[a:b]]}, labels[order[a:b]]) for s, a, b in zip(SPLITS, cuts, cuts[1:], strict=False)}
+    splits = {s: (images[order[a:b]], labels[order[a:b]]) for s, a, b in zip(SPLITS, cuts, cuts[1:], strict=False)}
+    return _checked(splits, key, source, str(path))
+
+
+def _checked(splits: dict[str, Any], key: str, source: Source, where: str) -> dict[str, Any]:
+    """Labelled splits, after checks that the model can take them."""
+    import torch
+
+    checked: dict[str, tuple[dict[str, Any], Any]] = {}
+    given: Any
+    labels: Any
+    for split, pair in splits.items():
+        given, labels = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
+        inputs: dict[str, Any] = given if isinstance(given, dict) else {key: given}
+        if not all(isinstance(t, torch.Tensor) and t.dim() for t in (*inputs.values(), labels)):
+            raise UserError(f"{where}: {split} must be (inputs, labels), both tensors with an item in each row")
+        if not len(labels) or any(len(t) != len(labels) for t in inputs.values()):
+            lengths = ", ".join(str(len(t)) for t in inputs.values())
+            raise UserError(f"{where}: {split} has {lengths} inputs and {len(labels)} labels; give as many of each")
+        if labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0:
+            raise UserError(f"{where}: the labels of {split} must be whole numbers, one a class, from 0")
+        if not all(bool(t.isfinite().all()) for t in inputs.values()):
+            raise UserError(f"{where}: the inputs of {split} hold NaN or infinite values; remove these items")
+        checked[split] = inputs, labels.long()
+    classes = _classes_of(source, {k: v[:1] for k, v in checked["search"][0].items()}, where)
+    largest = max(int(labels.max()) for _, labels in checked.values())
+    if largest >= classes:
+        raise UserError(
+            f"{where} has an item of class {largest}, and {source.name} knows classes 0 to {classes - 1}; give data "
+            "labelled for this model"
+        )
+    return checked
+
+
+def _classes_of(source: Source, one: dict[str, Any], where: str) -> int:
+    """How many classes a model names: from its configuration, or else by asking it once."""
+    import torch
+
+    if source.config:
+        return int(
+            source.config.get("classes") or len(source.config.get("id2label") or "01")
+        )  # transformers' own default
+    try:
+        with torch.no_grad():
+            output = source.materialise()(*one.values())
+        return int(output.shape[-1])
+    except Exception as error:  # the model is the user's own code
+        shapes = ", ".join(str(tuple(v.shape)) for v in one.values())
+        raise UserError(
+            f"{source.name} does not take an item of {where}, of shape {shapes}: {str(error)[:200] or type(error)}"
+        ) from error
 
 
 def _npz(path: Path) -> Any:
@@ -157,9 +207,14 @@ def _npz(path: Path) -> Any:
         raise UserError(
             f"{path} has no arrays `images` and `labels` that load without unpickling ({str(error)[:120]})"
         ) from error
-    if images.ndim != 4 or len(images) != len(labels) or len(labels) < 10:
+    if images.ndim != 4 or labels.ndim != 1 or len(images) != len(labels) or len(labels) < 10:
         raise UserError(
             f"{path}: images {images.shape} and labels {labels.shape} were found; [n, channels, height, width] and "
             "[n] with n >= 10 are needed"
+        )
+    if labels.dtype.kind not in "iu" or images.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path}: labels of type {labels.dtype} and images of type {images.dtype} were found; whole numbers and "
+            "numbers are needed"
         )
     return torch.from_numpy(images.astype("float32")), torch.from_numpy(labels.astype("int64"))
