@@ -57,7 +57,7 @@ class Bench:
     """
 
     def __init__(
-        self, source: Source, seed: int = 0, calibration: int = 24, items: int = 32, data: str | None = None
+        self, source: Source, seed: int = 0, calibration: int = 24, items: int = 64, data: str | None = None
     ) -> None:
         from trimtab.tasks.build import task_for
 

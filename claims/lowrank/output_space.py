@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +18,8 @@ from trimtab.lowrank.greenformers import LRT
 from trimtab.lowrank.output_space import UnifiedLowRank
 
 FIELDS, VALUES, DIM, WIDTH = 10, 20, 16, 256
-RANKS = (4, 8, 24)
-SMALL = 24  # rank at which the multi-layer part has at most a quarter of its parameters
+RANKS = (8, 24, 32)
+SMALL = 24  # rank at which the layers have between three and five times fewer parameters
 
 CLAIM = Claim(
     method="output-space",
@@ -28,12 +29,13 @@ CLAIM = Claim(
     figure="3-5 times smaller, faster inference and a higher AUC than the uncompressed models",
     setting="Synthetic clicks: 10 fields of 20 values, drawn with unequal frequencies, click probability from pairs of "
     "latent factors; embeddings of 16 a field and layers 160-256-256-256-1, trained here in one pass over 100,000 "
-    "samples; moments from 4,096 of them, AUC on 20,000 others. Factored: the three layers of width 256, without tuning.",
-    metric="auc: area under the ROC curve; ratio: the three layers' parameters, dense by factored; time: share of dense",
+    "samples; moments from 4,096 of them, AUC on 20,000 others. Factored: the three layers of width 256, without "
+    "tuning, and once after a short one (60 steps of 256 samples) that the dense model gets as well.",
+    metric="auc: area under the ROC curve; ratio: parameters of the layers, dense by factored; time: share of dense",
     checks=(
         *(Check(f"AUC above weight SVD at rank {r}", f"auc_output_{r}", ">", f"auc_svd_{r}") for r in RANKS),
         Check("3 times fewer parameters or more", "ratio", ">=", 3.0),
-        Check("AUC not below dense then", f"auc_output_{SMALL}", ">=", "auc"),
+        Check("AUC after the same tuning not below dense", "auc_tuned_output", ">=", "auc_tuned_dense"),
         Check("and faster than dense", "time", "<", 1.0),
     ),
     seeds=(0, 1, 2, 3, 4),
@@ -89,6 +91,11 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
                 dense = sum(model.get_submodule(p).weight.numel() for p in stats)
                 found["ratio"] = dense / sum(t.numel() for p in packed.values() for t in p.tensors.values())
                 found["time"] = _seconds(thin, test) / _seconds(model, test)
+                tuned = {"output": thin, "dense": model}
+    for name, arm in tuned.items():
+        arm = copy.deepcopy(arm)
+        _train(arm, train[:15_360], labels[:15_360], 2e-4)
+        found[f"auc_tuned_{name}"] = _auc(arm(test), truth)
     return found
 
 
@@ -97,12 +104,18 @@ def _trained(fields: Tensor, labels: Tensor, rng: torch.Generator) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=rng) * (0.1 if p.dim() == 1 else (2 / p.shape[1]) ** 0.5 / 2))
-    adam = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-2)
+    _train(model, fields, labels, 2e-3)
+    return model.eval()
+
+
+def _train(model: nn.Module, fields: Tensor, labels: Tensor, rate: float) -> None:
+    """One pass over the samples."""
+    adam = torch.optim.AdamW(model.requires_grad_().parameters(), rate, weight_decay=1e-2)
     for x, y in zip(fields.split(256), labels.split(256), strict=True):
         adam.zero_grad()
         nn.functional.binary_cross_entropy_with_logits(model(x), y).backward()
         adam.step()
-    return model.eval().requires_grad_(False)
+    model.requires_grad_(False)
 
 
 def _moments(model: nn.Module, fields: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -25,7 +25,7 @@ CLAIM = Claim(
     source="Ashkboos et al. 2024, arXiv:2401.15024, theorem 1 and sections 3-4",
     figure="25 % of parameters removed: 99 % (LLaMA-2-70B, OPT-66B) and 90 % (Phi-2) of zero-shot accuracy; 64-66 % of "
     "the compute",
-    setting="The shipped language model (width 256); 24 calibration and 32 test windows of 256 tokens. Deleted columns "
+    setting="The shipped language model (width 256); 24 calibration and 64 test windows of 256 tokens. Deleted columns "
     "are the same at every place: drawn at random, or those of least energy behind the norms. Time: one forward of 8 "
     "windows, as a share of the original's in the same run; a quarter sliced with one shared rotation.",
     metric="perplexity a token; kl: mean KL divergence to the original, nats a token; time: share of the original's",

@@ -18,7 +18,7 @@ CLAIM = Claim(
     "pruning, unstructured and 2:4, and than pruning without an update where much goes.",
     source="Frantar and Alistarh 2023, arXiv:2301.00774, tables 1 and 2; Wanda: arXiv:2306.11695, section 5",
     figure="OPT-175B at 50 %, perplexity on WikiText-2: 8.35 (dense), 1.7e4 (magnitude), 8.21 (SparseGPT)",
-    setting="The shipped language model, linears of all blocks; 24 calibration and 32 test windows of 256 tokens.",
+    setting="The shipped language model, linears of all blocks; 24 calibration and 64 test windows of 256 tokens.",
     metric="perplexity a token; worst_layer: largest ratio over all linears of the output error tr(dW G dW^T) to that "
     "of magnitude pruning, at 50 %",
     checks=(

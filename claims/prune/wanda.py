@@ -14,7 +14,7 @@ CLAIM = Claim(
     "pruning, without changing a weight that stays.",
     source="Sun et al. 2023, arXiv:2306.11695, tables 3 and 4",
     figure="LLaMA-7B at 50 %, perplexity on WikiText-2: 5.68 (dense), 17.29 (magnitude), 7.26 (Wanda)",
-    setting="The shipped language model, linears of all blocks; 24 calibration and 32 test windows of 256 tokens.",
+    setting="The shipped language model, linears of all blocks; 24 calibration and 64 test windows of 256 tokens.",
     metric="perplexity a token",
     checks=tuple(
         Check(f"{level}: perplexity below magnitude's", f"wanda_{name}", "<", f"magnitude_{name}")

@@ -25,7 +25,7 @@ CLAIM = Claim(
     source="Lin et al. 2023, arXiv:2306.00978, tables 1, 4 and figure 8",
     figure="Llama-2-7B, perplexity on WikiText-2: 5.47 (fp16), 5.73 (RTN), 5.60 (AWQ) at 4 bits; 6.66 (RTN), 6.24 "
     "(AWQ) at 3",
-    setting="The shipped language model, linears of all blocks, groups of 128; 24 calibration and 32 test windows of "
+    setting="The shipped language model, linears of all blocks, groups of 128; 24 calibration and 64 test windows of "
     "256 tokens. Outlier channels were planted (4 channels of each norm's output times 20, the function the same), but "
     "for the checks that say so. Protected channels: 1 % of each linear's inputs kept in full precision, by mean |x| "
     "or by norm of the weight's column. Other text: calibration windows with the fewest letters, test windows with the "

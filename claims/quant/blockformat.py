@@ -23,7 +23,7 @@ CLAIM = Claim(
     source="Chen et al. 2025, arXiv:2510.25602, sections 3.2, 4.2 and 5",
     figure="crossover crest factors: MXINT8 7.55, MXINT4 2.04, NVINT4 2.39",
     setting="Weights of the shipped language model's blocks, cast without calibration, activations in full precision; "
-    "32 test windows of 256 tokens. Bias: 2,048 x 512 normal numbers of unit spread, cast to 8-bit integers in blocks "
+    "64 test windows of 256 tokens. Bias: 2,048 x 512 normal numbers of unit spread, cast to 8-bit integers in blocks "
     "of 16 under FP8 scales. Inputs: what reaches the last block's down projection, a scale a token.",
     metric="kl: mean KL divergence to the original, nats a token; qsnr: signal over quantisation noise of the weights, "
     "dB; bias: size of the mean error",

@@ -19,7 +19,7 @@ CLAIM = Claim(
     source="Frantar et al. 2022, arXiv:2210.17323, abstract and tables 2 to 4",
     figure="OPT-175B, perplexity on WikiText-2: 8.34 (fp16), 10.54 (RTN, 4 bits), 8.37 (GPTQ, 4 bits), 8.68 (GPTQ, 3 "
     "bits)",
-    setting="The shipped language model, linears of all blocks, groups of 64; 24 calibration and 32 test windows of "
+    setting="The shipped language model, linears of all blocks, groups of 64; 24 calibration and 64 test windows of "
     "256 tokens.",
     metric="perplexity a token; gap: difference of perplexities; worst_layer: largest ratio over all linears of the "
     "output error tr(dW G dW^T) to that of rounding to nearest, at 3 bits",

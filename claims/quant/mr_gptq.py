@@ -25,7 +25,7 @@ CLAIM = Claim(
     source="Egiazarian et al. 2025, arXiv:2509.23202, abstract and section 3",
     figure="Llama-3.1-8B, recovery: MXFP4 88.1 % (RTN), 89.7 % (GPTQ), 93.3 % (MR-GPTQ); NVFP4 94.8, 95.7, 95.8 %",
     setting="The shipped language model, weights of all blocks' linears, activations in full precision; 24 calibration "
-    "and 32 test windows of 256 tokens. Plain GPTQ: no rotation, scales from the largest weight, columns in order.",
+    "and 64 test windows of 256 tokens. Plain GPTQ: no rotation, scales from the largest weight, columns in order.",
     metric="perplexity a token; kl: mean KL divergence to the original, nats a token",
     checks=(
         Check("MXFP4: perplexity below round-to-nearest", "perplexity_mr_mxfp4", "<", "perplexity_rtn_mxfp4"),

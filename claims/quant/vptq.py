@@ -29,7 +29,7 @@ CLAIM = Claim(
     figure="2-bit perplexity 0.01-0.34 (LLaMA-2), 0.38-0.68 (Mistral-7B), 4.41-7.34 (LLaMA-3) below the best before",
     setting="The shipped language model, linears of all blocks; codebooks of 256 vectors of 4 weights, a residual one "
     "of 16; GPTQ at 2 bits in groups of 128; bytes counted with codebooks, scales and zero points. 24 calibration "
-    "and 32 test windows of 256 tokens. Plain k-means: an identity for the Hessian. No outlier codebook.",
+    "and 64 test windows of 256 tokens. Plain k-means: an identity for the Hessian. No outlier codebook.",
     metric="perplexity a token; bits: stored a weight",
     checks=(
         Check("perplexity below GPTQ's", "perplexity_vptq", "<", "perplexity_gptq"),

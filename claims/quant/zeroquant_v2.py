@@ -25,7 +25,7 @@ CLAIM = Claim(
     "alone, for a small increase in size.",
     source="Yao et al. 2023, arXiv:2303.08302, section 5",
     setting="The shipped language model, linears of all blocks, whole rows as groups, weights only; 24 calibration and "
-    "32 test windows of 256 tokens. The model is 256 wide, so that rank 8 is a larger share of a matrix than in the "
+    "64 test windows of 256 tokens. The model is 256 wide, so that rank 8 is a larger share of a matrix than in the "
     "paper.",
     metric="perplexity a token; kl: mean KL divergence to the original, nats a token; bits: stored a weight",
     checks=(
