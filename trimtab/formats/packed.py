@@ -169,7 +169,7 @@ def row_separable(level: Level) -> bool:
 
 
 def join_rows(parts: list[Packed]) -> Packed:
-    """Packed runs of rows, end to end; of several, the level is row-separable and every run but the last fills bytes."""
+    """Packed runs of rows, end to end; of several, the level is row-separable, and all but the last fill bytes."""
     if len(parts) == 1:
         return parts[0]
     assert all(row_separable(p.level) and p.level == parts[0].level for p in parts)
