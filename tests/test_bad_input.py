@@ -17,7 +17,7 @@ import torch
 from conftest import SIZE, SMALL, Run, Said, add_tokenizer, command, tree
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(300)]
 Cli = Callable[..., Said]
 
 

@@ -21,7 +21,7 @@ from trimtab.formats.checkpoint import Checkpoint
 from trimtab.models.artifact import open_artifact
 from trimtab.models.source import open_source
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(300)]
 
 
 def logits(model: Any, length: int = 24) -> torch.Tensor:

@@ -515,10 +515,21 @@ def for_allocator(job: Job, rows: list[Row], wanted: list[str]) -> dict[str, Any
     Raises:
         UserError: a statistic that a fit does not collect.
     """
+    from trimtab.alloc.layerwisequant import outlier_score
+    from trimtab.engine.apply import sublayer_cosines
+
     extra: dict[str, Any] = {}
     for name in wanted:
         if name == "measure":
             extra[name] = job.database.measure
+        elif name == "cosine":
+            batch = job.batch("calibration")
+            extra[name] = {p: float(v) for p, v in sublayer_cosines(job._probe_stream, batch, job.chunk).items()}
+        elif name == "outliers":
+            weight = job._probe_stream.weight
+            extra[name] = {u.name: max(outlier_score(weight(s)) for s in u.sites) for u in job.units}
+        elif name in ("trace", "pairs"):
+            continue
         else:
             raise UserError(
                 f"allocator {job.request.allocator} asks for {name}, which a fit does not collect; choose another "

@@ -20,7 +20,7 @@ from typing import Any
 from trimtab.core.budget import Budget
 from trimtab.core.errors import UserError
 from trimtab.core.method import Allocator, did_you_mean, method
-from trimtab.core.plan import Plan
+from trimtab.core.plan import Plan, parse_method
 
 EFFORTS = ("quick", "standard", "thorough")
 TARGETS = ("native", "gguf", "compressed-tensors")
@@ -56,7 +56,7 @@ class Request:
         target: what must be able to load the result; excludes levels before the search.
         plan: a plan to carry out in place of the search.
         methods: names of the methods that the search may use; empty: those of the menu.
-        allocator: name of the allocator.
+        allocator: the allocator, with its fields: `milp`, `evopress(generations=5)`.
         length: tokens in a window of text.
         context, batch: the run that a memory budget is for.
         couple: sites that read one tensor share a choice, as fused kernels need it.
@@ -83,7 +83,7 @@ class Request:
         for value, known, what in ((self.effort, EFFORTS, "effort"), (self.target, TARGETS, "target")):
             if value not in known:
                 raise UserError(f"unknown {what} {value!r}{did_you_mean(value, known)}; choose from {', '.join(known)}")
-        if not isinstance(method(self.allocator), Allocator):
+        if not isinstance(parse_method(self.allocator), Allocator):
             raise UserError(f"{self.allocator} is no allocator; `trimtab methods --family alloc` lists them")
         choices = [v for v in menu(self.effort).values() if isinstance(v, list) and isinstance(v[0], str)]
         tried = {c.partition("@")[0].partition("(")[0] for c in chain(*choices)}

@@ -16,8 +16,8 @@ from trimtab.core.budget import say_bytes
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.core.journal import Journal
 from trimtab.core.level import Level, rows_cols
-from trimtab.core.method import Allocator, method
-from trimtab.core.plan import Plan, check, exact_plan, grouping
+from trimtab.core.method import Allocator
+from trimtab.core.plan import Plan, check, exact_plan, grouping, parse_method
 from trimtab.core.table import Row
 
 Progress = Callable[[str, int, int], None]
@@ -233,7 +233,7 @@ class Job:
         open_rows = [
             Row(r.unit, r.choice, 0, 0.0, 0.0, r.weights) if r.unit.partition("+")[0] in gone else r for r in rows
         ]
-        chooser = method(self.request.allocator)
+        chooser = parse_method(self.request.allocator)
         assert isinstance(chooser, Allocator)
         extra = self._wants(chooser, open_rows)
         picked = chooser.allocate(open_rows, {"bytes": limit}, **extra)

@@ -15,7 +15,7 @@ from trimtab.alloc.lagrangian import Lagrangian
 from trimtab.core.errors import UserError
 from trimtab.core.method import Allocator, Card
 from trimtab.core.table import Row
-from trimtab.parts.budgeting import Measure, Menu, Plan, ladder, objective, open_menu
+from trimtab.parts.budgeting import Measure, Menu, Plan, beats, ladder, objective, open_menu
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _Space:
         for rows in menu.rows:
             # the index comes last, so that of equal rows the first beats the others
             points = [(*(getattr(row, name) for name in limits), row.damage, at) for at, row in enumerate(rows)]
-            better = [[at for at, point in enumerate(points) if _beats(point, other)] for other in points]
+            better = [[at for at, point in enumerate(points) if beats(point, other)] for other in points]
             share = [sum(getattr(row, name) / max(limits[name], 1e-30) for name in limits) for row in rows]
             level = sorted((at for at, winners in enumerate(better) if not winners), key=share.__getitem__)
             levels.append(level)
@@ -198,9 +198,3 @@ class _Space:
         unit, moved = able[_draw(len(able), rng)], plan.copy()
         moved[unit] = self.levels[unit][target[unit]]
         return moved
-
-
-def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    if one[:-1] == other[:-1]:
-        return one[-1] < other[-1]
-    return all(a <= b for a, b in zip(one[:-1], other[:-1], strict=True))

@@ -1,8 +1,8 @@
 """What can go wrong for a user, each with the exit code that the command line gives it.
 
 `UserError` (2): bad input; the message says what was asked, what was found and what to do.
-`BudgetError` (3): the input is fine, but no plan meets the budget; carries the binding limit and the nearest feasible
-point.
+`BudgetError` (3): the input is fine, but no plan meets the budget; the message names the limit that binds and the
+nearest feasible point.
 """
 
 

@@ -165,7 +165,7 @@ class Rewriter(Method):
 
 
 class Allocator(Method):
-    """`allocate(rows, limits, *, ...) -> {unit: level text}`: sees rows only, never a model.
+    """`allocate(rows, limits, *, ...) -> {unit: row}`: sees rows only, never a model.
 
     Keyword-only parameters may name `measure` (a callable {unit: choice} -> damage, end to end on the search data),
     `rng`, `pairs` (interaction damages) or statistics by unit.

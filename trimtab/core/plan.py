@@ -110,14 +110,6 @@ def _step(text: str) -> Step:
             f"the step {text!r} was given; a step looks like `gptq @ 4b/g64` or `gptq(damp=0.05) @ 4b/g64, "
             "lm_head=8b/g64`"
         )
-    try:
-        call = ast.parse(f"f({match['config'] or ''})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
-        config = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-    except (SyntaxError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"the step {text!r} has fields that cannot be read; write them as `damp=0.05, order='activation'`"
-        ) from error
     levels = []
     for part in match["levels"].split(","):
         selector, _, level = part.rpartition("=")
@@ -131,6 +123,29 @@ def _worker(name: str, config: Mapping[str, Any]) -> Method:
     if not isinstance(found, Solver | Rewriter):
         raise UserError(f"{name} cannot be a step of a plan: its verb is `{found.verb}`; give it with --allocator")
     return found
+
+
+def parse_method(text: str) -> Method:
+    """The method that a name with fields says.
+
+    >>> parse_method("gptq(damp=0.05)").config()
+    {'damp': 0.05}
+    """
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    if not match:
+        raise UserError(f"the method {text!r} cannot be read; write `milp` or `evopress(generations=5)`")
+    return method(match[1], **_fields(match[2] or "", text))
+
+
+def _fields(config: str, text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({config})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{text!r} has fields that cannot be read; write them as `damp=0.05, order='activation'`"
+        ) from error
 
 
 def _levels(step: Step, sites: list[Site]) -> dict[str, Level]:

@@ -59,10 +59,14 @@ class Database:
         return self.solved[key]
 
     def measure(self, picked: Mapping[str, Row], samples: int | None = None) -> float:
-        """End-to-end damage of a choice for every unit, on the first `samples` items of the search data."""
+        """End-to-end damage of a choice for every unit, on the search data's items that hold the first `samples`
+        predictions, in whole forwards; all of them with None.
+        """
         changes = {p: w for u, row in picked.items() for p, w in self.packed(u, row.choice).items()}
-        items = len(self.search) if samples is None else min(samples, len(self.search))
-        items = max(self.chunk, items // self.chunk * self.chunk) if items < len(self.search) else items
+        items = len(self.search)
+        if samples is not None:
+            each = int(self.task.counts(self.search.labels[:1])[0])
+            items = min(items, -(-samples // (each * self.chunk)) * self.chunk)
         with ExitStack() as stack:
             stack.enter_context(self.stream.swapped(changes))
             return measure(self.stream, self.search.take(0, items), self.task, self.chunk, self.reference).damage()

@@ -376,3 +376,14 @@ def enclosing(values: Mapping[str, Any], unit: str, missing: float = inf) -> flo
     while path not in values and "." in path:
         path = path.rpartition(".")[0]
     return float(values.get(path, missing))
+
+
+def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether a point is no worse in every cost; of equal points the one with the smaller last entry, its index, is.
+
+    >>> beats((1.0, 2.0, 0), (1.0, 3.0, 1)), beats((1.0, 2.0, 1), (1.0, 2.0, 0))
+    (True, False)
+    """
+    if one[:-1] == other[:-1]:
+        return one[-1] < other[-1]
+    return all(a <= b for a, b in zip(one[:-1], other[:-1], strict=True))
