@@ -119,7 +119,7 @@ def _step(text: str) -> Step:
 
 def _worker(name: str, config: Mapping[str, Any]) -> Method:
     """A method that can stand in a plan."""
-    found = method(name, **config)
+    found = method(name, **_fields(match["config"] or "", text))
     if not isinstance(found, Solver | Rewriter):
         raise UserError(f"{name} cannot be a step of a plan: its verb is `{found.verb}`; give it with --allocator")
     return found
