@@ -114,12 +114,12 @@ def _step(text: str) -> Step:
     for part in match["levels"].split(","):
         selector, _, level = part.rpartition("=")
         levels.append((selector.strip() or "*", parse_level(level)))
-    return Step(_worker(match["name"], config), tuple(levels))
+    return Step(_worker(match["name"], _fields(match["config"] or "", text)), tuple(levels))
 
 
 def _worker(name: str, config: Mapping[str, Any]) -> Method:
     """A method that can stand in a plan."""
-    found = method(name, **_fields(match["config"] or "", text))
+    found = method(name, **config)
     if not isinstance(found, Solver | Rewriter):
         raise UserError(f"{name} cannot be a step of a plan: its verb is `{found.verb}`; give it with --allocator")
     return found
