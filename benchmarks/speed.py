@@ -35,7 +35,7 @@ from trimtab.core.method import Solver, method
 RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "speed.jsonl"
 LEVEL = Int(4, 128)
 AGREE = 0.01
-MENUS = [[f"{name}@{level}" for level in ("2b/g32", "3b/g64", "4b/g64", "8b/row")] for name in ("rtn", "gptq")]
+MENUS = [[f"{name}@{level}" for level in ("3b/g64", "4b/g64")] for name in ("rtn", "gptq")]
 
 
 def seconds(works: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
@@ -152,7 +152,7 @@ def main() -> None:
 
     from trimtab.evidence import machine, versions
 
-    shapes = ((256, 256, 2), (256, 1024, 1)) if asked.small else ((2048, 2048, 3), (2048, 8192, 1))
+    shapes = ((256, 256, 2), (256, 1024, 1)) if asked.small else ((2048, 2048, 2), (2048, 8192, 1))
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     row = {

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny model, a text, a finished run of each kind, the command line in this process."""
+"""What several test files share: a tiny model, a text, finished runs of it, the command line in this process."""
 
 from __future__ import annotations
 
@@ -152,5 +152,4 @@ def run(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
 @pytest.fixture(scope="session")
 def symmetric(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The tiny model at a plan that every export format can say."""
-    plan = "gptq @ 4b/g32/sym | rtn @ embed=8b/g32/sym"
-    return fitted(tiny, tmp_path_factory.mktemp("runs") / "symmetric", data=str(text), plan=plan)
+    return fitted(tiny, tmp_path_factory.mktemp("runs") / "symmetric", data=str(text), plan="gptq @ 4b/g32/sym")

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from trimtab.alloc.augmented_hessian import AugmentedHessian
 from trimtab.alloc.evopress import EvoPress
 from trimtab.alloc.lagrangian import Lagrangian
-from trimtab.alloc.layerwisequant import LayerwiseQuant, outlier_score
+from trimtab.alloc.layerwisequant import LayerwiseQuant
 from trimtab.alloc.milp import MILP
 from trimtab.alloc.rd_prune import RDPrune, trace
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.core.table import Row
 from trimtab.parts.budgeting import enclosing, exact, hull, human, ladder, lowered, open_menu
+from trimtab.parts.scores import outlier_score
 
 quick = settings(max_examples=30, deadline=None)
 SMALL_SEARCH = EvoPress(generations=4, offspring=6, survivors=(3, 1), samples=(16, 64))

@@ -148,19 +148,17 @@ def test_report_as_json_is_the_file(run: Run, cli: Cli) -> None:
         assert part in said.out
 
 
-def test_fit_as_a_process(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
-    """With --json nothing but one JSON value; without, a report to read, and progress on standard error."""
+def test_fit_as_a_process(tiny: Path, text: Path, cli: Cli, tmp_path: Path) -> None:
+    """A report to read, and progress on standard error; with --json one JSON value, and with --quiet the report alone."""
     line = ("fit", tiny, "--data", text, *SMALL, "--plan", "rtn @ 4b/g32", "--out", tmp_path / "run")
     said = command(*line)
     assert said.code == 0
     assert "verdict:" in said.out and "applying plan: 4 of 4" in said.err
-    said = command(*line, "--resume", "--json")
-    assert said.code == 0 and said.err == ""
-    assert said.json()["plan"].startswith("rtn @ ") and said.json() == json.loads(
-        (tmp_path / "run/report.json").read_text()
-    )
-    said = command(*line, "--resume", "--quiet")
-    assert said.code == 0 and said.err == "" and "verdict:" in said.out
+    again = cli(*line, "--resume", "--json")
+    assert again.code == 0 and again.err == "" and again.json()["plan"].startswith("rtn @ ")
+    assert again.json() == json.loads((tmp_path / "run/report.json").read_text())
+    quiet = cli(*line, "--resume", "--quiet")
+    assert quiet.code == 0 and quiet.err == "" and "verdict:" in quiet.out
 
 
 def test_exit_code_3_where_the_budget_is_not_reached(tiny: Path, text: Path, cli: Cli, tmp_path: Path) -> None:

@@ -64,13 +64,13 @@ def test_gguf_read_back(symmetric: Run, cli: Cli, tmp_path: Path) -> None:
     assert said.code == 0 and said.err == ""
     found = said.json()
     packed = open_artifact(symmetric.artifact).packed
-    assert found["exact"] == len(packed) == 16 and found["requantised"] == 0
+    assert found["exact"] == len(packed) == 15 and found["requantised"] == 0
     assert found["bytes"] == out.stat().st_size
 
     reader = GGUFReader(out)
     model = trimtab.load(symmetric.artifact).model
     stored = {t.name: t for t in reader.tensors}
-    assert {t.tensor_type.name for t in stored.values()} == {"Q4_0", "Q8_0", "F32"}
+    assert {t.tensor_type.name for t in stored.values()} == {"Q4_0", "F16", "F32"}
     names = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output.weight": "lm_head.weight",
@@ -83,7 +83,7 @@ def test_gguf_read_back(symmetric: Run, cli: Cli, tmp_path: Path) -> None:
     for theirs, ours in names.items():
         weight = model.get_parameter(ours).detach().numpy()
         read = dequantize(stored[theirs].data, stored[theirs].tensor_type).reshape(weight.shape)
-        assert np.array_equal(read, weight), ours
+        assert np.array_equal(read, weight.astype(np.float16) if theirs == "token_embd.weight" else weight), ours
     for theirs, ours, heads in (("attn_q", "q_proj", 4), ("attn_k", "k_proj", 2)):  # llama.cpp rotates neighbours
         weight = model.get_parameter(f"model.layers.0.self_attn.{ours}.weight").detach().numpy()
         read = dequantize(stored[f"blk.0.{theirs}.weight"].data, stored[f"blk.0.{theirs}.weight"].tensor_type)
@@ -105,7 +105,7 @@ def test_compressed_tensors_in_stock_transformers(symmetric: Run, cli: Cli, tmp_
     said = cli("export", symmetric.artifact, "--to", "compressed-tensors", "--out", out, "--json")
     assert said.code == 0 and said.err == ""
     found = said.json()
-    assert found["exact"] == 15, "every linear; the embedding is written dense"
+    assert found["exact"] == 15 and found["requantised"] == 0
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
     assert settings["quant_method"] == "compressed-tensors" and settings["format"] == "pack-quantized"
     model = stock(out, dtype=torch.float32)
@@ -131,7 +131,7 @@ def test_refusals(run: Run, symmetric: Run, tiny: Path, cli: Cli, tmp_path: Path
     out.mkdir()
     (out / "thesis.txt").write_text("the only copy")
     assert "not an empty folder" in refused(symmetric.artifact, "--to", "hf", "--out", out)
-    assert "exists" in refused(symmetric.artifact, "--to", "gguf", "--out", out / "thesis.txt" / "m.gguf") or True
+    assert "cannot be written" in refused(symmetric.artifact, "--to", "gguf", "--out", out / "thesis.txt" / "m.gguf")
     assert tree(tmp_path) == {"out/thesis.txt": b"the only copy"}
     damaged = Path(shutil.copytree(symmetric.artifact, tmp_path / "damaged"))
     weights = damaged / "model.safetensors"

@@ -119,6 +119,7 @@ class ResNet(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(self.blocks(x), 2).flatten(1))
 
 
+FIRST = "the first site"
 LANGUAGE = {"llama": llama, "gpt2": gpt2, "opt": opt, "phi": phi}
 TRANSFORMERS = {**LANGUAGE, "tied": lambda: llama(tie_word_embeddings=True), "vit": vit}
 
@@ -195,6 +196,7 @@ def rewritten(
 ) -> tuple[nn.Module, Scene]:
     model = copy.deepcopy(model)
     modelmap = trace(model, batch)
+    levels = {modelmap.sites[0].path if path == FIRST else path: level for path, level in levels.items()}
     scene = Scene(model, modelmap, tuple(range(len(modelmap.blocks))), levels)
     needs = method.needs()
     gram, mean = moments(model, modelmap, batch) if needs else ({}, {})
@@ -210,7 +212,7 @@ def rewritten(
 def test_rotation_alone_keeps_the_outputs(name: str, shared: bool) -> None:
     model = filled(TRANSFORMERS[name])
     batch = inputs(model)
-    turned, scene = rewritten(SliceGPT(shared=shared), model, {"embed": Width(1.0)}, batch)
+    turned, scene = rewritten(SliceGPT(shared=shared), model, {FIRST: Width(1.0)}, batch)
     before, after = run(model, batch), run(turned, batch)
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
     changed = [
@@ -227,7 +229,7 @@ def test_rotation_alone_keeps_the_outputs(name: str, shared: bool) -> None:
 def test_sliced_shapes_and_rebuilding(name: str) -> None:
     model = filled(TRANSFORMERS[name])
     batch = inputs(model)
-    sliced, scene = rewritten(SliceGPT(), model, {"embed": Width(0.75)}, batch)
+    sliced, scene = rewritten(SliceGPT(), model, {FIRST: Width(0.75)}, batch)
     modelmap = scene.modelmap
     for path in modelmap.residual.readers:
         assert weight_of(sliced.get_submodule(path)).shape[1] == 24
@@ -256,7 +258,7 @@ def test_slicing_a_signal_of_low_rank_is_exact() -> None:
     batch = inputs(model)
     before = run(model, batch)
     for shared in (False, True):
-        sliced, _ = rewritten(SliceGPT(shared=shared), model, {"embed": Width(0.5)}, batch)
+        sliced, _ = rewritten(SliceGPT(shared=shared), model, {FIRST: Width(0.5)}, batch)
         assert (run(sliced, batch) - before).abs().max() < 1e-3 * before.abs().max()
 
 
@@ -276,7 +278,7 @@ def test_principal_axes_beat_random_ones() -> None:
                 p.copy_(shrink @ p)
     batch, fresh = inputs(model), inputs(model, 7)
     before = run(model, fresh)
-    sliced, _ = rewritten(SliceGPT(shared=True), model, {"embed": Width(0.75)}, batch)
+    sliced, _ = rewritten(SliceGPT(shared=True), model, {FIRST: Width(0.75)}, batch)
     error = (run(sliced, fresh) - before).square().mean()
     columns = copy.deepcopy(model)
     gone = torch.arange(24, 32)
@@ -291,7 +293,7 @@ def test_principal_axes_beat_random_ones() -> None:
 def test_shared_slicing_of_rms_model_is_a_plain_folder(tmp_path: Any) -> None:
     model = filled(lambda: llama(tie_word_embeddings=True))
     batch = inputs(model)
-    sliced, scene = rewritten(SliceGPT(shared=True), model, {"embed": Width(0.75)}, batch)
+    sliced, scene = rewritten(SliceGPT(shared=True), model, {FIRST: Width(0.75)}, batch)
     changes = plain_config_changes(sliced, scene.edits)
     assert changes == {"hidden_size": 24, "head_dim": 8, "tie_word_embeddings": False}
     config = type(model.config).from_dict({**model.config.to_dict(), **changes})
@@ -300,7 +302,7 @@ def test_shared_slicing_of_rms_model_is_a_plain_folder(tmp_path: Any) -> None:
     plain.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(run(again, batch), run(sliced, batch))
-    per_branch, other = rewritten(SliceGPT(), model, {"embed": Width(0.75)}, batch)
+    per_branch, other = rewritten(SliceGPT(), model, {FIRST: Width(0.75)}, batch)
     assert plain_config_changes(per_branch, other.edits) is None
 
 
@@ -312,12 +314,16 @@ def test_slicegpt_refuses_what_cannot_be_turned() -> None:
         )
     ).eval()
     with pytest.raises(UserError, match="norm"):
-        rewritten(SliceGPT(), bert, {"embed": Width(0.5)}, batch)
+        rewritten(SliceGPT(), bert, {FIRST: Width(0.5)}, batch)
     with pytest.raises(UserError, match="head"):
         headless = llama().eval().model
-        SliceGPT().rewrite(Scene(headless, trace(headless, batch), levels={"embed": Width(0.5)}), gram={}, mean={})
+        SliceGPT().rewrite(
+            Scene(headless, trace(headless, batch), levels={"embed_tokens": Width(0.5)}), gram={}, mean={}
+        )
     with pytest.raises(UserError, match="one width"):
-        rewritten(SliceGPT(), llama().eval(), {"a": Width(0.5), "b": Width(0.75)}, batch)
+        rewritten(SliceGPT(), llama().eval(), {FIRST: Width(0.5), "lm_head": Width(0.75)}, batch)
+    with pytest.raises(UserError, match=r"no\.such"):
+        rewritten(SliceGPT(), llama().eval(), {"no.such": Width(0.5)}, batch)
 
 
 def test_parallel_branches_with_two_norms_are_noticed() -> None:
@@ -327,10 +333,10 @@ def test_parallel_branches_with_two_norms_are_noticed() -> None:
     )
     model = filled(lambda: transformers.GPTNeoXForCausalLM(config))
     batch = inputs(model)
-    turned, _ = rewritten(SliceGPT(), model, {"embed": Width(1.0)}, batch)
+    turned, _ = rewritten(SliceGPT(), model, {FIRST: Width(1.0)}, batch)
     with pytest.raises(UserError, match="shared=True"):
         run(turned, batch)
-    turned, _ = rewritten(SliceGPT(shared=True), model, {"embed": Width(1.0)}, batch)
+    turned, _ = rewritten(SliceGPT(shared=True), model, {FIRST: Width(1.0)}, batch)
     assert (run(turned, batch) - run(model, batch)).abs().max() < 1e-4 * run(model, batch).abs().max()
 
 
@@ -440,7 +446,7 @@ def test_drop_after_slicing_keeps_the_shortcuts() -> None:
     model = filled(llama)
     batch = inputs(model)
     want, _ = rewritten(LLMDrop(), model, {"model.layers.1.self_attn": Depth(0)}, batch)
-    turned, _ = rewritten(SliceGPT(), model, {"embed": Width(1.0)}, batch)
+    turned, _ = rewritten(SliceGPT(), model, {FIRST: Width(1.0)}, batch)
     replay(turned, [{"op": "drop", "path": "model.layers.1.self_attn", "returns": 2}])
     assert (run(turned, batch) - run(want, batch)).abs().max() < 1e-4 * run(want, batch).abs().max()
     with pytest.raises(UserError, match="before slicing"):
@@ -484,6 +490,16 @@ def test_dropping_everything_is_refused() -> None:
         rewritten(LLMDrop(), model, {f"model.layers.{i}": Depth(0) for i in range(3)}, batch)
     with pytest.raises(UserError, match="is no sublayer"):
         rewritten(LLMDrop(), model, {"model.norm": Depth(0)}, batch)
+
+
+def test_blocks_that_change_the_shape_stay() -> None:
+    model = filled(ResNet)
+    batch = inputs(model)
+    smaller, scene = rewritten(UnifiedLayerSkipping(), model, {"blocks.0": Depth(0)}, batch)
+    assert len(smaller.blocks) == 1 and run(smaller, batch).shape == (6, 10)
+    assert torch.equal(run(rebuilt(ResNet, smaller, scene.edits), batch), run(smaller, batch))
+    with pytest.raises(UserError, match="another shape"):
+        rewritten(UnifiedLayerSkipping(), model, {"blocks.1": Depth(0)}, batch)
 
 
 def test_returned_reads_the_source() -> None:

@@ -515,8 +515,8 @@ def for_allocator(job: Job, rows: list[Row], wanted: list[str]) -> dict[str, Any
     Raises:
         UserError: a statistic that a fit does not collect.
     """
-    from trimtab.alloc.layerwisequant import outlier_score
     from trimtab.engine.apply import sublayer_cosines
+    from trimtab.parts.scores import outlier_score
 
     extra: dict[str, Any] = {}
     for name in wanted:

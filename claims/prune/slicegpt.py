@@ -69,7 +69,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     for name, (method, level, moments) in arms.items():
         stream = bench.stream()
         model = stream.whole_model()
-        scene = Scene(model, bench.modelmap, levels={"residual": level})
+        scene = Scene(model, bench.modelmap, levels={bench.sites[0].path: level})
         method.rewrite(scene, gram=moments, mean=mean)
         changed = stream.over(model, bench.calibration)
         scores = score(changed, bench.test, bench.task, bench.chunk, kept)

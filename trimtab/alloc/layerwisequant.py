@@ -92,19 +92,3 @@ class LayerwiseQuant(Allocator):
             if (least := min(menu.total(plan, name) for plan in rungs)) > limit:
                 raise refusal(name, limit, least, within="with these levels ")
         raise UserError(f"layerwisequant: no share of the levels keeps {' and '.join(limits)} at once; use milp")
-
-
-def outlier_score(weight: Tensor) -> float:
-    """Share of the entries that lie more than one standard deviation above the mean: |{w : (w - mean) / std > 1}| / n.
-
-    Args:
-        weight: any shape; 0 where all entries are equal.
-
-    Reference: Dumitru et al. 2024, arXiv:2406.17415, section 3 (ZD score).
-
-    >>> import torch
-    >>> outlier_score(torch.tensor([0.0, 0.0, 0.0, 4.0]))
-    0.25
-    """
-    weight = weight.float()
-    return float((weight - weight.mean() > weight.std(correction=0)).float().mean())

@@ -41,6 +41,10 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except (KeyboardInterrupt, BrokenPipeError) as error:
             raise _Stopped from error
+        except SystemExit as stop:
+            if isinstance(stop.__context__, BrokenPipeError):  # what rich makes of it
+                raise _Stopped from stop.__context__
+            raise
 
     return shielded
 

@@ -33,12 +33,9 @@ def scores(
     stream: Stream, flow: Flow, batch: Any, task: Any, reference: list[Any] | None, hidden: Sequence[Any] | None = None
 ) -> Any:
     """Scores of every item from final hidden states."""
-    from trimtab.tasks.base import join
-
     outputs = _outputs(stream, flow, batch, hidden)
-    return join(
-        [task.score(out, part.labels, reference[i] if reference else None) for i, (part, out) in enumerate(outputs)]
-    )
+    parts = [task.score(o, part.labels, reference[i] if reference else None) for i, (part, o) in enumerate(outputs)]
+    return parts[0].join(parts)
 
 
 def _outputs(stream: Stream, flow: Flow, batch: Any, hidden: Sequence[Any] | None) -> Any:

@@ -417,6 +417,8 @@ def drop_edits(model: nn.Module, modelmap: Any, path: str) -> list[dict[str, Any
         UserError: no sublayer or block has that path, or a norm with a shift lies behind it, which makes more of zeros.
     """
     if path in modelmap.blocks:
+        if not _keeps_shape(model.get_submodule(path), modelmap, modelmap.blocks.index(path)):
+            raise UserError(f"the block {path!r} was to be dropped, but it hands on another shape than it is given")
         return [{"op": "remove", "path": path}]
     sublayer = next((s for s in modelmap.sublayers if path == sublayer_path(modelmap, s)), None)
     if sublayer is None or sublayer.kind == "block":
@@ -437,6 +439,17 @@ def drop_edits(model: nn.Module, modelmap: Any, path: str) -> list[dict[str, Any
             f"{path!r} was to be dropped, but the norm {sublayer.post_norm!r} behind it would add its shift"
         )
     return edits
+
+
+def _keeps_shape(block: nn.Module, modelmap: Any, index: int) -> bool:
+    """Whether a block can be left out: it adds to a residual, and its convolutions neither stride nor change the channels."""
+    branches = [s for s in modelmap.sublayers if s.block == index]
+    shapes = {s.path: s.shape for s in modelmap.sites}
+    groups = {s.path: s.groups for s in modelmap.sites}
+    widths = {groups[p] * shapes[p][1] for s in branches if s.kind == "block" for p in s.inputs}
+    widths |= {shapes[p][0] for s in branches if s.kind == "block" for p in s.outputs}
+    convolutions = [m for m in block.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    return bool(branches) and len(widths) <= 1 and all(set(m.stride) == {1} for m in convolutions)
 
 
 # ---- the cache: places of the attentions that are left

@@ -1,4 +1,4 @@
-"""From scores to masks: which weights of each row stay at a sparsity level, and their stored form."""
+"""Scores of weights, and from scores to masks: which weights of each row stay at a sparsity level."""
 
 from __future__ import annotations
 
@@ -51,3 +51,19 @@ def pack_kept(weight: Tensor, mask: Tensor, level: Sparse | NM) -> Packed:
     if isinstance(level, NM):
         return pack_nm(weight, mask, level, shape)
     return pack_sparse(weight, mask, level, shape)
+
+
+def outlier_score(weight: Tensor) -> float:
+    """Share of the entries that lie more than one standard deviation above the mean: |{w : (w - mean) / std > 1}| / n.
+
+    Args:
+        weight: any shape; 0 where all entries are equal.
+
+    Reference: Dumitru et al. 2024, arXiv:2406.17415, section 3 (ZD score).
+
+    >>> import torch
+    >>> outlier_score(torch.tensor([0.0, 0.0, 0.0, 4.0]))
+    0.25
+    """
+    weight = weight.float()
+    return float((weight - weight.mean() > weight.std(correction=0)).float().mean())

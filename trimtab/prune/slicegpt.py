@@ -110,6 +110,8 @@ class SliceGPT(Rewriter):
 
 def _size(scene: Scene, width: int, multiple: int) -> int:
     """k, from the level."""
+    if strange := set(scene.levels) - {s.path for s in scene.modelmap.sites}:
+        raise UserError(f"slicegpt: {min(strange)!r} was named, and is no weight of this model")
     levels = set(scene.levels.values())
     if len(levels) != 1 or not isinstance(level := next(iter(levels)), Width):
         given = ", ".join(sorted(map(str, levels))) or "none"

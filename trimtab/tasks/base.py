@@ -54,6 +54,13 @@ class Scores:
     count: Tensor
     kl: Tensor
 
+    @staticmethod
+    def join(parts: list[Scores]) -> Scores:
+        """Scores of consecutive chunks, end to end."""
+        import torch
+
+        return Scores(*(torch.cat([getattr(p, f) for p in parts]) for f in ("nll", "hits", "count", "kl")))
+
     def damage(self) -> float:
         """Mean KL divergence to the original, in nats a prediction: the one currency of probing and allocation."""
         return float(self.kl.sum() / self.count.sum())
@@ -138,13 +145,6 @@ class Task(ABC):
             return torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, x.double())
 
         return Scores(total(nll), total(hits), counts.double(), total(kl))
-
-
-def join(parts: list[Scores]) -> Scores:
-    """Scores of consecutive chunks, end to end."""
-    import torch
-
-    return Scores(*(torch.cat([getattr(p, f) for p in parts]) for f in ("nll", "hits", "count", "kl")))
 
 
 def bootstrap(
