@@ -1,4 +1,6 @@
-"""Bad input ends in exit code 2 and a sentence that says what was asked, what was found and what to do; nothing is left half-written."""
+"""Bad input ends in exit code 2 and a sentence that says what was asked, what was found and what to do; nothing is
+left half-written.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fit(cli: Cli, text: Path, tmp_path: Path) -> Callable[..., Said]:
-    """`trimtab fit MODEL` with small settings; the run's folder is `tmp_path / "run"`, and must not be there afterwards."""
+    """`trimtab fit MODEL` with small settings; the run's folder is `tmp_path / "run"`, and must not be there
+    afterwards.
+    """
 
     def call(
         model: str | Path,

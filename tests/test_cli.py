@@ -149,7 +149,9 @@ def test_report_as_json_is_the_file(run: Run, cli: Cli) -> None:
 
 
 def test_fit_as_a_process(tiny: Path, text: Path, cli: Cli, tmp_path: Path) -> None:
-    """A report to read, and progress on standard error; with --json one JSON value, and with --quiet the report alone."""
+    """A report to read, and progress on standard error; with --json one JSON value, and with --quiet the report
+    alone.
+    """
     line = ("fit", tiny, "--data", text, *SMALL, "--plan", "rtn @ 4b/g32", "--out", tmp_path / "run")
     said = command(*line)
     assert said.code == 0

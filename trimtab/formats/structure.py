@@ -442,7 +442,9 @@ def drop_edits(model: nn.Module, modelmap: Any, path: str) -> list[dict[str, Any
 
 
 def _keeps_shape(block: nn.Module, modelmap: Any, index: int) -> bool:
-    """Whether a block can be left out: it adds to a residual, and its convolutions neither stride nor change the channels."""
+    """Whether a block can be left out: it adds to a residual, and its convolutions neither stride nor change the
+    channels.
+    """
     branches = [s for s in modelmap.sublayers if s.block == index]
     shapes = {s.path: s.shape for s in modelmap.sites}
     groups = {s.path: s.groups for s in modelmap.sites}

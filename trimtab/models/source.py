@@ -215,6 +215,7 @@ def skeleton_of(config_dict: Mapping[str, Any], where: str) -> nn.Module:
     the folder is run.
     """
     import torch
+    import transformers
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
@@ -230,7 +231,7 @@ def skeleton_of(config_dict: Mapping[str, Any], where: str) -> nn.Module:
         )
     try:
         config = AutoConfig.for_model(**config_dict)
-        cls = getattr(__import__("transformers"), architectures[0])
+        cls = getattr(transformers, architectures[0])
         with torch.device("meta"):
             model = (
                 cls._from_config(config, attn_implementation="sdpa") if cls._supports_sdpa else cls._from_config(config)
