@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from trimtab.core.errors import UserError
 
@@ -37,7 +38,10 @@ def _parse(what: str, text: str | float, units: dict[str, float], example: str) 
         raise UserError(
             f"{what} {str(text)!r} {reason}; write it like {example} (units: {', '.join(u for u in units if u)})"
         )
-    value = float(match[1]) * units[unit]
+    try:
+        value = float(Decimal(match[1]) * Decimal(str(units[unit])))  # as written: 99.9% is 0.999 and no bit more
+    except ArithmeticError:
+        value = math.inf
     if not math.isfinite(value) or value <= 0:
         raise UserError(f"{what} {str(text)!r} is not a positive finite number; write it like {example}")
     return value
@@ -46,8 +50,8 @@ def _parse(what: str, text: str | float, units: dict[str, float], example: str) 
 def parse_bytes(text: str | float, what: str = "size") -> int:
     """Bytes from a text with a unit.
 
-    >>> parse_bytes("1.5MB"), parse_bytes("2 GiB")
-    (1500000, 2147483648)
+    >>> parse_bytes("1.005GB"), parse_bytes("2 GiB")
+    (1005000000, 2147483648)
     """
     return int(_parse(what, text, _BYTES, "60MB or 1.2GB"))  # type: ignore[arg-type]
 
@@ -64,8 +68,8 @@ def parse_seconds(text: str | float, what: str = "latency") -> float:
 def parse_share(text: str | float, what: str = "quality") -> float:
     """A share of one from a percentage, or from a plain number up to one.
 
-    >>> parse_share("98%"), parse_share(0.9)
-    (0.98, 0.9)
+    >>> parse_share("99.9%"), parse_share(0.9)
+    (0.999, 0.9)
     """
     value = _parse(what, text, {"%": 0.01, "": 1.0}, "98%")
     if value > 1:

@@ -226,8 +226,8 @@ def skeleton_of(config_dict: Mapping[str, Any], where: str) -> nn.Module:
     known = {n: t for mapping in _mappings(modeling_auto) for t, n in mapping.items()}
     if not architectures or architectures[0] not in known:
         raise UserError(
-            f"{where} is of architecture {architectures[:1] or 'unknown'}, which this transformers does not have; no "
-            "code of a model's folder is ever run"
+            f"{where} is of architecture {(architectures or ['unknown'])[0]}, which is none of this transformers' causal "
+            "or masked language models, encoders and image classifiers; no code of a model's folder is ever run"
         )
     try:
         config = AutoConfig.for_model(**config_dict)
@@ -251,7 +251,7 @@ def skeleton_of(config_dict: Mapping[str, Any], where: str) -> nn.Module:
 
 
 def _mappings(auto: Any) -> list[Any]:
-    wanted = ("CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "", "SEQUENCE_CLASSIFICATION")
+    wanted = ("CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "")
     return [getattr(auto, f"MODEL_{'FOR_' if w else ''}{w}{'_' if w else ''}MAPPING_NAMES") for w in wanted]
 
 
@@ -310,8 +310,8 @@ def _aliases(model: nn.Module, checkpoint: Checkpoint, where: str) -> dict[str, 
     absent = [n for n in tensors if id(tensors[n]) not in covered]
     if absent and merged:
         raise UserError(
-            f"{where} stores {merged} apart from what it belongs with, and its architecture wants the parts as one "
-            "tensor; save the model again from memory with its tensors as they are there"
+            f"{where} stores {merged} apart, and its architecture holds it in one tensor with others; load the model "
+            "with transformers and save it with `save_pretrained(folder, save_original_format=False)`"
         )
     if absent:
         raise UserError(
