@@ -226,7 +226,8 @@ def skeleton_of(config_dict: Mapping[str, Any], where: str) -> nn.Module:
     known = {n: t for mapping in _mappings(modeling_auto) for t, n in mapping.items()}
     if not architectures or architectures[0] not in known:
         raise UserError(
-            f"{where} is of architecture {(architectures or ['unknown'])[0]}, which is none of this transformers' causal "
+            f"{where} is of architecture {(architectures or ['unknown'])[0]}, which is none of this transformers' "
+            "causal "
             "or masked language models, encoders and image classifiers; no code of a model's folder is ever run"
         )
     try:
