@@ -211,6 +211,38 @@ def test_code_in_a_models_folder_is_not_run(model: Path, fit: Callable[..., Said
     assert not trap.exists()
 
 
+def test_experts_stored_apart_and_together(fit: Callable[..., Said], tmp_path: Path) -> None:
+    """The cure that the refusal names works."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from trimtab.models.source import open_source
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 4096, "num_local_experts": 3}
+    depth = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes, **depth))
+    mixtral.save_pretrained(tmp_path / "apart")
+    refused(fit(tmp_path / "apart"), "experts.0", "save_original_format=False")
+    mixtral.save_pretrained(tmp_path / "together", save_original_format=False)
+    read = open_source(str(tmp_path / "together")).materialise().state_dict()
+    assert all(torch.equal(read[name], value) for name, value in mixtral.state_dict().items())
+
+
+def test_masked_model_without_a_mask_token(fit: Callable[..., Said], tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 4096}
+    bert = BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=4))
+    bert.save_pretrained(tmp_path / "bert")
+    add_tokenizer(tmp_path / "bert")
+    refused(fit(tmp_path / "bert"), "mask token")
+
+
+@pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "BertForSequenceClassification"])
+def test_kinds_of_model_that_cannot_be_taken(kind: str, model: Path, fit: Callable[..., Said]) -> None:
+    config(architectures=[kind])(model)
+    refused(fit(model), kind, "language models", "image classifiers")
+
+
 # ---- names of models
 
 

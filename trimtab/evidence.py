@@ -132,13 +132,9 @@ class Evidence:
         (low, high), _, (d_low, d_high) = bootstrap(task, ours, original, amounts)
         return {
             **{"name": name, "bytes": bytes_, "metric": task.metric, "value": value, "low": low, "high": high},
-            **{
-                "retained": task.retained(value, base),
-                "difference": [d_low, d_high],
-                "split": split,
-                "damage": ours.damage(),
-                **more,
-            },
+            **{"retained": task.retained(value, base), "difference": [d_low, d_high], "split": split},
+            **({"damage": ours.damage()} if split == "search" else {}),  # only there outputs are compared
+            **more,
         }
 
     def tried(self, candidate: Candidate, name: str, fixed: int) -> tuple[Any, Scores, int]:

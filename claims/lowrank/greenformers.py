@@ -15,7 +15,7 @@ from trimtab.lowrank.greenformers import LRT
 
 WIDTH, HEADS, INNER, PROJECTED = 256, 4, 1024, 64
 SHORT, LONG = 128, 2048
-STEPS, ITEMS, LENGTH, RATE = 40, 4, 128, 1e-3
+STEPS, ITEMS, LENGTH, RATE = 40, 4, 128, 5e-4
 
 CLAIM = Claim(
     method="lrt",
@@ -32,7 +32,7 @@ CLAIM = Claim(
         Check("short inputs: LRT faster than dense", "short_lrt", "<", "short_dense"),
         Check("short inputs: LRT faster than Linformer", "short_lrt", "<", "short_linformer"),
         Check("long inputs: Linformer faster than LRT", "long_linformer", "<", "long_lrt"),
-        Check("tuned LRT's loss within 10 % of dense", "loss_ratio", "<=", 1.1),
+        Check("tuned LRT's loss within 10 % of dense, tuned or not", "loss_ratio", "<=", 1.1),
     ),
 )
 
@@ -81,7 +81,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
         found[f"untuned_{name}"] = _loss(model, test)
         _tune(model, train)
         found[f"loss_{name}"] = _loss(model, test)
-    return found | {"loss_ratio": found["loss_lrt"] / found["loss_dense"]}
+    return found | {"loss_ratio": found["loss_lrt"] / min(found["untuned_dense"], found["loss_dense"])}
 
 
 def _thin(model: nn.Module, paths: Any) -> nn.Module:
