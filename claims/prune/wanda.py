@@ -16,11 +16,9 @@ CLAIM = Claim(
     "pruning, without changing a weight that stays; outlier channels of the inputs are why.",
     source="Sun et al. 2023, arXiv:2306.11695, sections 2 and 3, tables 3 and 4",
     figure="LLaMA-7B at 50 %, perplexity on WikiText-2: 5.68 (dense), 17.29 (magnitude), 7.26 (Wanda)",
-    setting="The shipped language model, linears of all blocks; 24 calibration and 64 test windows of 256 tokens.
-    Outlier "
-    "channels, which a model as small as this has not grown, were planted (4 channels of each norm's output times "
-    "20, the "
-    "function the same) for the checks that say so.",
+    setting="The shipped language model, linears of all blocks; 24 calibration and 64 test windows of 256 tokens. "
+    "Outlier channels, which a model as small as this has not grown, were planted (4 channels of each norm's output "
+    "times 20, the function the same) for the checks that say so.",
     metric="perplexity a token",
     checks=tuple(
         Check(
