@@ -103,6 +103,13 @@ def test_a_swap_leaves_no_trace(folder: Path, task: CausalLM, resident: bool) ->
     assert after.damage() < 1e-6
 
 
+def test_tied_weights_stay_tied(folder: Path, task: CausalLM) -> None:
+    stream = stream_of(folder, task, True)
+    model = stream.model
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == ("tied" in folder.name and "untied" not in folder.name)
+
+
 def test_dropping_a_sublayer_takes_its_branch_out(folder: Path, task: CausalLM) -> None:
     stream = stream_of(folder, task, True)
     tokens = task.batch("test", 4).inputs["input_ids"]

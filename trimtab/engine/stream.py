@@ -80,9 +80,10 @@ class Stream:
         for name in names:
             value = self.source.read(name)
             value = value.to(torch.float32) if value.is_floating_point() else value
+            shared = nn.Parameter(value, requires_grad=False)  # one for all its owners: tied weights stay tied
             for module, key in self._owners[name]:
                 if key in module._parameters:
-                    module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                    module._parameters[key] = shared
                 else:
                     module._buffers[key] = value
 
