@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,8 @@ def test_interrupt_leaves_a_run_that_goes_on(
 ) -> None:
     out = tmp_path / "run"
     line = [sys.executable, "-c", "from trimtab.cli import main; main()", *map(str, arguments(tiny, text, out))]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is started deaf to it
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     journal, deadline = out / "journal.jsonl", time.monotonic() + 100
     while time.monotonic() < deadline and not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
         time.sleep(0.02)
