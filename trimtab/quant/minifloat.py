@@ -48,7 +48,7 @@ class Minifloat(Solver):
         "minifloat",
         catalogue=(367,),
         paper="arXiv:2311.12359",
-        claim="At three to six bits a channel-wise minifloat loses less than an integer of equal bytes.",
+        claim="At three to five bits a channel-wise minifloat loses less than an integer of equal bytes.",
         requires=frozenset({"float"}),
         leaves=frozenset({"int"}),
         keeps=frozenset({"shape", "deterministic"}),
