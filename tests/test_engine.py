@@ -16,6 +16,7 @@ from trimtab.engine.apply import apply, solve
 from trimtab.engine.measure import measure, references, through
 from trimtab.engine.stream import Stream, own_sites
 from trimtab.formats.packed import join_rows
+from trimtab.lab import planted
 from trimtab.models.source import open_source
 from trimtab.quant.rtn import RTN
 from trimtab.tasks.causal_lm import CausalLM
@@ -66,7 +67,13 @@ def test_streaming_gives_the_models_own_outputs(folder: Path, task: CausalLM, re
 
 
 @pytest.mark.parametrize(
-    "plan", ["rtn @ 4b/g16", "gptq @ 3b/g16 | rtn @ embed=8b/row", "gptq @ 4b/g16, model.layers.1.*=2b/g16"]
+    "plan",
+    [
+        "rtn @ 4b/g16",
+        "gptq @ 3b/g16 | rtn @ embed=8b/row",
+        "gptq @ 4b/g16, model.layers.1.*=2b/g16",
+        "output-space @ up=r8/bias",
+    ],
 )
 def test_streamed_and_resident_plans_agree_to_the_bit(folder: Path, task: CausalLM, plan: str) -> None:
     found = []
@@ -101,6 +108,16 @@ def test_a_swap_leaves_no_trace(folder: Path, task: CausalLM, resident: bool) ->
     after = measure(stream, batch, task, 4, reference)
     assert changed.damage() > 1e-4
     assert after.damage() < 1e-6
+
+
+def test_planted_outliers_keep_the_function(folder: Path, task: CausalLM) -> None:
+    stream, tokens = stream_of(folder, task, True), task.batch("test", 4).inputs["input_ids"]
+    source = planted(stream.source, stream.map, 20.0, seed=0)
+    with torch.no_grad():
+        ours = source.materialise()(input_ids=tokens).logits
+    assert torch.allclose(ours, logits(stream, tokens), atol=1e-5)
+    assert float(source.read("model.norm.weight").max()) == (20.0 if "untied" in folder.name else 1.0)
+    assert float(source.read("model.layers.0.input_layernorm.weight").max()) == 20.0
 
 
 def test_tied_weights_stay_tied(folder: Path, task: CausalLM) -> None:

@@ -182,13 +182,19 @@ class Lab:
 
 
 def planted(source: Source, modelmap: Any, factor: float, seed: int, channels: int = 4) -> Source:
-    """The same function with outlier channels planted in the inputs of every linear behind a norm."""
+    """The same function with outlier channels planted in the inputs of every linear behind a norm.
+
+    A norm before a tied head is left alone: the head's columns are the embedding's, which must stay as they are.
+    """
     import torch
 
     rng = torch.Generator().manual_seed(seed)
     scales: dict[str, Tensor] = {}
     norms = {n.path: n for n in modelmap.norms}
+    tied = {name for group in modelmap.tied for name in group}
     for norm, readers in modelmap.readers.items():
+        if tied & {f"{r}.weight" for r in readers}:
+            continue
         width = norms[norm].width
         scale = torch.ones(width)
         scale[torch.randperm(width, generator=rng)[:channels]] = factor

@@ -54,6 +54,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     found = {}
     for name, outliers in (("", OUTLIERS), ("_plain", 0.0)):
         bench = lab.bench("pocket-lm", seed, outliers)
+        found[f"perplexity{name}"] = bench.measure().value
         for bits in (4, 3):
             for method in ("rtn", "awq"):
                 result = bench.measure(plan(method, bits))

@@ -37,6 +37,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     found = {}
     for name, outliers in (("", OUTLIERS), ("_plain", 0.0)):
         bench = lab.bench("pocket-lm", seed, outliers)
+        found[f"perplexity{name}"] = bench.measure().value
         for plan, text in PLANS.items():
             result = bench.measure(text)
             found[f"perplexity_{plan}{name}"] = result.value

@@ -66,7 +66,7 @@ class Stream:
         self.paths: tuple[str, ...] = tuple(modelmap.blocks) or ("",)
         self.whole = not modelmap.blocks
         self.packed: MutableMapping[str, Packed] = {}
-        self.biases: dict[str, Tensor] = {}  # as they were before a packed weight corrected the mean
+        self.biases: dict[str, Tensor | None] = {}  # as they were before a packed weight corrected the mean
         self.resident = 4 * modelmap.parameters < RESIDENT_BYTES if resident is None else resident
         self._owners = _owners(self.model, set(source.names))
         self._inside = {n for p in self.paths for n in self._owners if self.whole or n.startswith(p + ".")}
@@ -162,9 +162,7 @@ class Stream:
             module._parameters["weight"] = parameter
         if shift is not None:
             module = self.model.get_submodule(site.path)
-            old = self.biases.get(f"{site.path}.bias", module._parameters.get("bias"))
-            if old is not None:
-                self.biases[f"{site.path}.bias"] = old.detach()
+            old = self.biases.setdefault(f"{site.path}.bias", module._parameters.get("bias"))
             module._parameters["bias"] = nn.Parameter(shift if old is None else old + shift, requires_grad=False)
 
     def _tied(self, site: Site) -> list[nn.Module]:
@@ -214,8 +212,8 @@ class Stream:
 
     def current(self, name: str) -> Tensor:
         """A tensor as it stands in the model, rewrites included; a bias without what a packed weight adds to it."""
-        if name in self.biases:
-            return self.biases[name]
+        if (before := self.biases.get(name)) is not None:
+            return before.detach()
         module, key = self._owners[name][0]
         value: Tensor | None = module._parameters.get(key)
         value = module._buffers[key] if value is None else value
