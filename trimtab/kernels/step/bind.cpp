@@ -1,0 +1,9 @@
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+namespace trimtab {
+
+void bind_step(nb::module_& module) { (void)module; }
+
+}  // namespace trimtab
