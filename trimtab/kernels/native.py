@@ -1,7 +1,8 @@
 """The one dispatch table of the compiled kernels: which variant this processor runs, or none.
 
-`TRIMTAB_KERNELS` chooses a variant: `vnni`, `avx512`, `avx2`, `generic` (plain C++), or `none` (plain torch). Without it
-the best that the processor has is taken. Where nothing was compiled, everything runs on torch, slower, and says so once.
+`TRIMTAB_KERNELS` chooses a variant: `vnni`, `avx512`, `avx2`, `generic` (plain C++), or `none` (plain torch). Without
+it the best that the processor has is taken. Where nothing was compiled, everything runs on torch, slower, and says so
+once.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ def native() -> ModuleType | None:
         return None
     usable = {"generic", *plain.features()}
     if wanted and wanted not in usable:
-        raise UserError(
-            f"TRIMTAB_KERNELS={wanted} was asked for, and this processor runs {', '.join(v for v in VARIANTS if v in usable)}"
-        )
+        here = ", ".join(v for v in VARIANTS if v in usable)
+        raise UserError(f"TRIMTAB_KERNELS={wanted} was asked for, and this processor runs {here}")
     return _variant(wanted) if wanted else next(m for v in VARIANTS if v in usable and (m := _variant(v)) is not None)
 
 

@@ -13,6 +13,11 @@ namespace nb = nanobind;
 namespace trimtab {
 
 void bind_linear(nb::module_& module);
+void bind_integer(nb::module_& module);
+void bind_dense(nb::module_& module);
+void bind_codebook(nb::module_& module);
+void bind_sparse(nb::module_& module);
+void bind_attention(nb::module_& module);
 void bind_step(nb::module_& module);
 void bind_machine(nb::module_& module);
 
@@ -45,6 +50,11 @@ NB_MODULE(TRIMTAB_MODULE, module) {
     Pool::get().resize(n);
   }, nb::arg("threads"));
   bind_linear(module);
+  bind_integer(module);
+  bind_dense(module);
+  bind_codebook(module);
+  bind_sparse(module);
+  bind_attention(module);
   bind_step(module);
   bind_machine(module);
 }

@@ -1,0 +1,53 @@
+// Arrays as they come from Python: contiguous, on the CPU, of a known type; checked before a kernel sees them.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace trimtab {
+
+namespace nb = nanobind;
+
+template <typename T>
+using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Refuse what no kernel may see; the message reaches Python as a ValueError.
+inline void require(bool holds, const std::string& message) {
+  if (!holds) throw nb::value_error(message.c_str());
+}
+
+// Memory at a cache line's boundary, in huge pages where the system gives them.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes);
+  std::byte* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    size_t bytes;
+    void operator()(std::byte* p) const;
+  };
+  std::unique_ptr<std::byte, Free> data_{nullptr, Free{0}};
+  size_t size_ = 0;
+};
+
+// A float array of Python's that owns its memory.
+inline nb::ndarray<nb::numpy, float> new_floats(std::initializer_list<size_t> shape, float** data) {
+  size_t count = 1;
+  for (size_t n : shape) count *= n;
+  *data = new float[count > 0 ? count : 1];
+  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return nb::ndarray<nb::numpy, float>(*data, shape.size(), shape.begin(), owner);
+}
+
+}  // namespace trimtab
