@@ -7,6 +7,7 @@ BROWSER := $(VENV)/.browser
 SIZE ?= 3MB
 EFFORT ?= quick
 MODEL ?= pocket
+MINUTES ?= 40
 
 # The tokenisers warn when a process forks after they used threads; ours are not worth the warning.
 export TOKENIZERS_PARALLELISM := false
@@ -14,10 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test lint types unit claims docs bench lock clean
+.PHONY: help setup fit test lint types unit claims claims-stale claims-check docs bench lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## .venv with the exact versions of requirements.lock
 
@@ -57,6 +58,12 @@ unit: $(READY) $(BROWSER)
 
 claims: $(READY) ## re-run the checks of the papers' claims here and append the results to records/
 	$(BIN)/trimtab claim --all
+
+claims-stale: $(READY) ## the same for those alone that have no record of the present code; starts none after MINUTES
+	$(BIN)/trimtab claim --stale --minutes $(MINUTES)
+
+claims-check: $(READY) ## measure those and append nothing; fails where a verdict is worse than the recorded one
+	$(BIN)/trimtab claim --stale --check --minutes $(MINUTES)
 
 docs: $(READY) ## the documentation, with the pages of the methods, in site/
 	$(BIN)/python -m pip install --quiet -c requirements.lock "$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')"

@@ -36,13 +36,14 @@ def test_methods_as_json(cli: Cli) -> None:
     assert said.code == 0 and said.err == ""
     rows = said.json()
     assert [r["name"] for r in rows] == list(discover())
-    keys = {"name", "family", "catalogue", "paper", "verb", "requires", "leaves", "keeps", "verdict", "record"}
+    keys = {"name", "family", "catalogue", "paper", "verb", "requires", "leaves", "keeps", "verdict", "record", "stale"}
     for row in rows:
         assert set(row) >= keys, row["name"]
         assert row["family"] in FAMILIES and row["verb"] in VERBS
         assert all(isinstance(row[k], list) for k in ("catalogue", "requires", "leaves", "keeps"))
         assert row["verdict"] in ("held", "partly", "failed", "not run here", "none")
         assert (row["record"] is None) == (row["verdict"] == "none")
+        assert isinstance(row["stale"], bool) and not (row["stale"] and row["record"] is None)
     gptq = next(r for r in rows if r["name"] == "gptq")
     assert gptq["family"] == "quant" and gptq["paper"] == "arXiv:2210.17323" and gptq["verb"] == "solve"
     assert "float" in gptq["requires"] and "int" in gptq["leaves"]
@@ -63,63 +64,6 @@ def test_show_as_json(cli: Cli) -> None:
     assert {"name": "damp", "default": 0.01} in found["fields"]
     assert found["file"] == "trimtab/quant/gptq.py"
     assert isinstance(found["checks"], list) and found["claim"]
-
-
-# ---- claims
-
-
-CLAIM = """
-from trimtab.core.claim import Check, Claim
-
-CLAIM = Claim(
-    method="rtn",
-    statement="One is less than two.",
-    source="nowhere",
-    setting="arithmetic",
-    metric="numbers",
-    checks=(Check("one below two", "one", "<", "two"), Check("two below one", "two", "<", "one")),
-    seeds=(0, 1, 2),
-)
-
-
-def measure(lab, seed):
-    return {"one": 1.0 + 0.01 * seed, "two": 2.0 + 0.03 * seed}
-"""
-
-
-@pytest.fixture
-def claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone with one claim."""
-    monkeypatch.setattr(catalogue, "ROOT", tmp_path)
-    (tmp_path / "claims" / "quant").mkdir(parents=True)
-    (tmp_path / "claims" / "quant" / "rtn.py").write_text(CLAIM)
-    return tmp_path
-
-
-def test_claim_is_measured_and_recorded(claims: Path, cli: Cli) -> None:
-    said = cli("claim", "rtn", "--json")
-    assert said.code == 0, said
-    row = said.json()
-    assert row["verdict"] == "partly" and row["seeds"] == [0, 1, 2] and len(row["values"]) == 3
-    assert [c["held"] for c in row["checks"]] == [True, False]
-    assert row["checks"][0]["difference"] == pytest.approx(-1.02) and row["checks"][0]["half_width"] > 0
-    assert row["machine"]["cores"] == os.cpu_count() and row["versions"]["torch"]
-    record = claims / "records" / "quant" / "rtn.jsonl"
-    assert [json.loads(line) for line in record.read_text().splitlines()] == [row]
-    said = cli("claim", "--all", "-q")
-    assert said.code == 0 and "rtn: partly" in said.out and "holds: one below two" in said.out and said.err == ""
-    assert len(record.read_text().splitlines()) == 2
-    listed = next(r for r in cli("methods", "--json").json() if r["name"] == "rtn")
-    assert listed["verdict"] == "partly" and listed["record"] == "records/quant/rtn.jsonl"
-    assert [c["held"] for c in cli("show", "rtn", "--json").json()["checks"]] == [True, False]
-
-
-def test_claim_without_its_data_is_not_run(claims: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = claims / "claims" / "quant" / "rtn.py"
-    path.write_text(CLAIM.replace("seeds=(0, 1, 2)", 'needs=("data",)'))
-    monkeypatch.setenv("TRIMTAB_DATA", str(claims / "nowhere"))
-    row = cli("claim", "rtn", "--json").json()
-    assert row["verdict"] == "not run here" and "data" in row["reason"] and row["values"] == []
 
 
 # ---- plan, fit, report

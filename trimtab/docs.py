@@ -2,7 +2,8 @@
 
     python -m trimtab.docs [OUT]        by default docs/methods
 
-A verdict on a page is that of the newest row of the method's record; nothing of it is written by hand.
+A verdict on a page is that of the newest row of the method's record, and stale where it was measured with other code
+than the present; nothing of it is written by hand.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from trimtab import catalogue
-from trimtab.catalogue import newest_record, record_path
+from trimtab.catalogue import newest_record
 from trimtab.core.method import FAMILIES, Method, discover
 
-NONE = "none"
 HEADINGS = {name: name for name in ("Fields", "Returns", "Raises", "Reference", "Departures")} | {"Args": "Fields"}
 _SECTION = re.compile(rf"(?P<name>{'|'.join(HEADINGS)}):\s*(?P<rest>.*)")
 _ITEM = re.compile(r"(?P<name>[\w, ]+?):\s+(?P<rest>.+)")
@@ -29,15 +30,15 @@ _SPECIAL = re.compile(r"(`[^`]*`)|([\\*_\[\]<>|#])")
 def main(arguments: Iterable[str] = ()) -> int:
     """Write all pages anew; returns how many."""
     out = Path(next(iter(arguments), "docs/methods"))
-    for stale in out.glob("*/*.md"):
-        stale.unlink()
+    for old in out.glob("*/*.md"):
+        old.unlink()
     found = discover()
-    newest = {name: row for name, cls in found.items() if (row := newest_record(cls))}
+    listed = {row["name"]: row for row in catalogue.rows()}
     for name, cls in found.items():
         path = out / cls.family() / f"{name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(method_page(cls, newest.get(name)), encoding="utf-8")
-    (out / "index.md").write_text(index_page(found, newest), encoding="utf-8")
+        path.write_text(method_page(cls, listed[name]), encoding="utf-8")
+    (out / "index.md").write_text(index_page(found, listed), encoding="utf-8")
     return len(found) + 1
 
 
@@ -63,14 +64,13 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else plain(value)
 
 
-def index_page(found: Mapping[str, type[Method]], newest: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every method in one table a family, and the count of verdicts above."""
-    counts: dict[str, int] = {}
-    for name in found:
-        verdict = newest.get(name, {}).get("verdict", NONE)
-        counts[verdict] = counts.get(verdict, 0) + 1
+def index_page(found: Mapping[str, type[Method]], listed: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every method in one table a family, and the count of verdicts above; `listed` holds the rows of the catalogue."""
+    counts = Counter(row["verdict"] for row in listed.values())
     lines = ["# Methods", "", f"{len(found)} methods. Verdicts of their claims, as computed from the records:", ""]
     lines += [f"- {plain(verdict)}: {count}" for verdict, count in sorted(counts.items())]
+    if stale := sum(row["stale"] for row in listed.values()):
+        lines += ["", f"Stale, as not of the present code: {stale}."]
     for family in FAMILIES:
         rows = [(name, cls) for name, cls in found.items() if cls.family() == family]
         if rows:
@@ -82,14 +82,14 @@ def index_page(found: Mapping[str, type[Method]], newest: Mapping[str, Mapping[s
                 "|---|---|---|---|",
             ]
         for name, cls in rows:
-            verdict = newest.get(name, {}).get("verdict", NONE)
+            verdict = plain(listed[name]["verdict"]) + (" (stale)" if listed[name]["stale"] else "")
             claim, levels = plain(cls.card.claim), _codes(cls.card.levels)
-            lines.append(f"| [{name}]({family}/{name}.md) | {claim} | {levels} | {plain(verdict)} |")
+            lines.append(f"| [{name}]({family}/{name}.md) | {claim} | {levels} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
-def method_page(cls: type[Method], row: Mapping[str, Any] | None) -> str:
-    """One method: its card, its docstring, and the evidence for its claim."""
+def method_page(cls: type[Method], listed: Mapping[str, Any]) -> str:
+    """One method: its card, its docstring, and the evidence for its claim; `listed` is its row of the catalogue."""
     card = cls.card
     facts = [
         ("family", f"`{cls.family()}`"),
@@ -108,8 +108,8 @@ def method_page(cls: type[Method], row: Mapping[str, Any] | None) -> str:
         facts.append(("defaults", _codes(f"{name}={value!r}" for name, value in defaults)))
     lines = [f"# {cls.__name__}", "", *prose(inspect.getdoc(cls) or ""), "", "## Card", ""]
     lines += [f"| in plans | `{card.name}` |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts)]
-    file = record_path(cls).relative_to(catalogue.ROOT).as_posix()
-    return "\n".join([*lines, "", "## Evidence", "", *evidence(row, file)]) + "\n"
+    row = newest_record(cls.family(), card.name)
+    return "\n".join([*lines, "", "## Evidence", "", *evidence(row, listed["record"], listed["stale"])]) + "\n"
 
 
 def prose(text: str) -> list[str]:
@@ -139,11 +139,13 @@ def prose(text: str) -> list[str]:
     return [*lines, "```"] if code else lines
 
 
-def evidence(row: Mapping[str, Any] | None, file: str) -> list[str]:
+def evidence(row: Mapping[str, Any] | None, file: str, stale: bool) -> list[str]:
     """The newest row of the record: claim, setting, computed checks, machine."""
     if row is None:
         return ["No run of its claim is recorded."]
     lines = [f"Verdict: **{plain(row['verdict'])}**, from `{file}`.", ""]
+    if stale:
+        lines += [f"Stale: not of the present code. `trimtab claim {row['method']}` measures it anew.", ""]
     if row.get("reason"):
         lines += [f"Why: {plain(row['reason'])}.", ""]
     said = (("Statement", "statement"), ("Source", "source"), ("The paper's figure", "figure"), ("Setting", "setting"))

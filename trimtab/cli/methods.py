@@ -12,7 +12,7 @@ from trimtab.cli import options as o
 def command(
     family: Annotated[str | None, typer.Option(help="only this family, like quant")] = None, json: o.Json = False
 ) -> None:
-    """List the methods, with the verdict of the newest run of each one's claim."""
+    """List the methods, with the verdict of the newest run of each one's claim; stale: not of the present code."""
     from trimtab.catalogue import rows
 
     found = rows(family)
@@ -24,7 +24,7 @@ def command(
 
     table = Table(box=None, header_style="bold")
     for column in ("name", "family", "catalogue", "paper", "verb", "requires", "leaves", "verdict"):
-        table.add_column(column, no_wrap=column == "name")
+        table.add_column(column, no_wrap=column in ("name", "verdict"))
     for row in found:
         values = (
             row["name"],
@@ -33,5 +33,6 @@ def command(
             row["paper"],
             row["verb"],
         )
-        table.add_row(*values, ", ".join(row["requires"]), ", ".join(row["leaves"]), row["verdict"])
+        verdict = f"{row['verdict']} (stale)" if row["stale"] else row["verdict"]
+        table.add_row(*values, ", ".join(row["requires"]), ", ".join(row["leaves"]), verdict)
     Console().print(table)

@@ -25,7 +25,7 @@ def command(name: Annotated[str, typer.Argument(help="a method, like gptq")], js
         print(f"field:       {field['name']} = {field['default']!r}")
     print(
         f"file:        {found['file']}\nclaim:       {found['claim']}\nverdict:     {found['verdict']} "
-        f"({found['record'] or 'no record'})"
+        f"({found['record'] or 'no record'}{', stale: not of the present code' if found['stale'] else ''})"
     )
     for check in found["checks"]:
         print(
