@@ -121,14 +121,14 @@ class Watch(threading.Thread):
 def run(folder: Path, plan: str, first_block_only: bool) -> dict[str, Any]:
     """Carry a plan out and say what memory it took."""
     from trimtab.core.journal import Journal
-    from trimtab.core.modelmap import trace
     from trimtab.core.plan import Plan, check
     from trimtab.engine.apply import apply
     from trimtab.engine.measure import forget_peak, peak_bytes
     from trimtab.engine.shelf import Shelf
-    from trimtab.engine.stream import Stream, own_sites
+    from trimtab.engine.stream import Stream, own_sites, traced
     from trimtab.models.source import open_source
     from trimtab.tasks.base import Batch
+    from trimtab.tasks.causal_lm import CausalLM
 
     _import_the_rest()
     source = open_source(str(folder))
@@ -141,11 +141,11 @@ def run(folder: Path, plan: str, first_block_only: bool) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(1)
     tokens = torch.randint(source.config["vocab_size"], (WINDOWS, LENGTH), generator=rng)
     batch = Batch({"input_ids": tokens}, tokens, torch.ones(WINDOWS))
-    modelmap = trace(source.skeleton(), {"input_ids": tokens[:1, :32]})
+    modelmap = traced(source, batch)
     sites = list(own_sites(modelmap).values())
     steps = Plan.parse(plan).resolve(sites)
     check(steps, sites)
-    stream = Stream(source, modelmap, {"use_cache": False}, resident=False)
+    stream = Stream(source, modelmap, CausalLM.options, resident=False)
     seconds = [time.perf_counter()]
 
     def progress(done: int, total: int) -> None:
@@ -160,7 +160,7 @@ def run(folder: Path, plan: str, first_block_only: bool) -> dict[str, Any]:
         shelf = Shelf(Journal(Path(place) / "run", False, {"plan": plan}), "applied")
         stream.packed = shelf
         try:
-            done = apply(stream, steps, batch, 8, keep=shelf.keep, progress=progress)
+            done = apply(stream, steps, batch, CausalLM.chunk, keep=shelf.keep, progress=progress)
         except _Enough:
             return {"block_seconds": seconds[2] - seconds[1], "blocks": len(stream.paths)}
         stored = sum(shelf[path].nbytes for path in shelf)

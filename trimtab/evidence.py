@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ class Evidence:
         from trimtab.tasks.base import bootstrap
 
         task, amounts = self.job.task, self.job.batch(split).amounts
-        value, base = (float(task.value(_sums(s), amounts.double().sum())) for s in (ours, original))
+        value, base = (task.overall(s, amounts) for s in (ours, original))
         (low, high), _, (d_low, d_high) = bootstrap(task, ours, original, amounts)
         return {
             **{"name": name, "bytes": bytes_, "metric": task.metric, "value": value, "low": low, "high": high},
@@ -181,17 +182,16 @@ class Evidence:
         """
         import torch
 
+        from trimtab.engine.measure import through
+        from trimtab.engine.run import main_output
         from trimtab.formats.checkpoint import write_safetensors
 
         job, stream = self.job, applied.stream
         batch = job.batch("search").take(0, GATE_ITEMS)
         timed = batch.take(0, 1).inputs
         inputs = {k: v[:, :GATE_TOKENS] if job.source.task != "classification" else v for k, v in batch.inputs.items()}
-        flow = stream.begin(inputs, GATE_ITEMS)
-        for i in range(len(stream.paths)):
-            with stream.loaded(i):
-                flow.hidden = stream.forward(i, flow)
-        ours = next(_main(out) for _, out in stream.finish(flow))
+        flow = through(stream, replace(batch, inputs=inputs), GATE_ITEMS)
+        ours = next(main_output(out) for _, out in stream.finish(flow))
         probe = folder.with_name("gate.safetensors")
         stored = {
             f"{kind}.{k}": v.contiguous()
@@ -281,7 +281,7 @@ class Evidence:
         for row in rows:
             units.setdefault(row.unit, []).append(row.bytes)
         low, high = float(sum(map(min, units.values()))), float(sum(map(max, units.values())))
-        base = _value(job, original, "search")
+        base = job.task.overall(original, job.batch("search").amounts)
         kept: tuple[Candidate, float, dict[str, Any]] | None = None
         for turn in range(BISECTIONS):
             limit = high if turn == 0 else (low * high) ** 0.5
@@ -487,24 +487,6 @@ class Evidence:
         write_page(report, out / "report.html")
 
 
-def _sums(scores: Scores) -> Scores:
-    from trimtab.tasks.base import Scores
-
-    return Scores(*(getattr(scores, k).sum() for k in ("nll", "hits", "count", "kl")))
-
-
-def _value(job: Job, scores: Scores, split: str) -> float:
-    return float(job.task.value(_sums(scores), job.batch(split).amounts.double().sum()))
-
-
-def _main(output: Any) -> Tensor:
-    """The tensor of an output that is compared: logits, else last hidden state, else the output itself."""
-    for name in ("logits", "last_hidden_state"):
-        if hasattr(output, name):
-            return getattr(output, name)
-    return output
-
-
 def for_allocator(job: Job, rows: list[Row], wanted: list[str]) -> dict[str, Any]:
     """What allocators ask for beside rows: `measure`, `cosine`, `outliers`.
 
@@ -520,7 +502,7 @@ def for_allocator(job: Job, rows: list[Row], wanted: list[str]) -> dict[str, Any
             extra[name] = job.database.measure
         elif name == "cosine":
             batch = job.batch("calibration")
-            extra[name] = {p: float(v) for p, v in sublayer_cosines(job._probe_stream, batch, job.chunk).items()}
+            extra[name] = {p: float(v) for p, v in sublayer_cosines(job._probe_stream, batch, job.task.chunk).items()}
         elif name == "outliers":
             weight = job._probe_stream.weight
             extra[name] = {u.name: max(outlier_score(weight(s)) for s in u.sites) for u in job.units}

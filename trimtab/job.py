@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,6 @@ class Job:
         }
         self.header = json.loads(json.dumps(header))
         self.resume = resume
-        self._reference: list[Any] | None = None
 
     # ---- what everything is worked out from
 
@@ -91,30 +91,19 @@ class Job:
 
     @cached_property
     def modelmap(self) -> Any:
-        from trimtab.core.modelmap import trace
+        from trimtab.engine.stream import traced
 
-        batch = self.task.batch("search", 1, self.request.seed)
-        inputs: Any = dict(batch.inputs) if self.source.config.get("architectures") else tuple(batch.inputs.values())
-        if isinstance(inputs, dict) and "input_ids" in inputs:
-            inputs["input_ids"] = inputs["input_ids"][:, :32]
-        return trace(self.source.skeleton(), inputs)
+        return traced(self.source, self.task.batch("search", 1, self.request.seed))
 
     def stream(self) -> Stream:
         """A fresh stream over the original."""
         from trimtab.engine.stream import Stream
 
-        extra = {"use_cache": False} if self.task.name == "causal-lm" else {}
-        return Stream(self.source, self.modelmap, extra)
+        return Stream(self.source, self.modelmap, self.task.options)
 
     def batch(self, split: str) -> Any:
         """The split's items at this effort."""
-        items = self.menu[split]
-        return self.task.batch(split, items if self.task.name != "classification" else 100 * items, self.request.seed)
-
-    @property
-    def chunk(self) -> int:
-        """Items in one forward."""
-        return 8 if self.task.name != "classification" else 128
+        return self.task.batch(split, self.task.multiple * self.menu[split], self.request.seed)
 
     def fixed_bytes(self, units: Iterable[Unit]) -> int:
         """Bytes of an artifact beside its units: other tensors in their own type, headers, configuration, tokenizer."""
@@ -165,7 +154,7 @@ class Job:
 
         batches = self.batch("calibration"), self.batch("search")
         return Database(
-            self._probe_stream, self.units, *batches, self.task, self.chunk, self.reference, self.request.seed
+            self._probe_stream, self.units, *batches, self.task, self.task.chunk, self.reference, self.request.seed
         )
 
     @cached_property
@@ -195,16 +184,17 @@ class Job:
         """A progress function for one piece of work."""
         return lambda done, total: self.progress(what, done, total)
 
-    @property
+    @cached_property
     def reference(self) -> list[Any]:
         """The original's outputs on the search data, that damage is measured against."""
+        return self._outputs("search")
+
+    def _outputs(self, split: str) -> list[Any]:
+        """What the task keeps of the original's outputs on a split."""
         from trimtab.engine.measure import references, through
 
-        if self._reference is None:
-            batch = self.batch("search")
-            stream = self._probe_stream
-            self._reference = references(stream, through(stream, batch, self.chunk), batch, self.task)
-        return self._reference
+        batch, stream = self.batch(split), self._probe_stream
+        return references(stream, through(stream, batch, self.task.chunk), batch, self.task)
 
     def table(self) -> tuple[list[Row], dict[str, float]]:
         """Probed rows of every unit, with the original among them, and the damage of each drop."""
@@ -216,7 +206,7 @@ class Job:
             self.batch("calibration"),
             self.batch("search"),
             self.task,
-            self.chunk,
+            self.task.chunk,
             seed=self.request.seed,
             reference=self.reference,
             step=self.journal.step,
@@ -271,7 +261,7 @@ class Job:
             stream,
             candidate.steps,
             self.batch(split),
-            self.chunk,
+            self.task.chunk,
             seed=self.request.seed,
             keep=shelf.keep,
             progress=self.tell(what),
@@ -281,19 +271,14 @@ class Job:
         """Scores on a split, damage against the original where the split is the search's."""
         from trimtab.engine.measure import measure
 
-        reference = (
-            self.reference if split == "search" or (self.task.name == "embedding" and split == "search") else None
-        )
+        reference = self.reference if split == "search" else None
         if split == "test" and self.task.name == "embedding":
             reference = self._test_reference
-        return measure(stream, self.batch(split), self.task, self.chunk, reference)
+        return measure(stream, self.batch(split), self.task, self.task.chunk, reference)
 
     @cached_property
     def _test_reference(self) -> list[Any]:
-        from trimtab.engine.measure import references, through
-
-        batch = self.batch("test")
-        return references(self._probe_stream, through(self._probe_stream, batch, self.chunk), batch, self.task)
+        return self._outputs("test")
 
     def original_meets(self) -> bool:
         """Whether the original is within the size that is asked for, so that nothing need be done."""
@@ -336,48 +321,36 @@ class Job:
         Raises:
             UserError: the plan is illegal here.
         """
-        from trimtab.engine.stream import own_sites
+        from trimtab.engine.stream import plan_sites
 
         assert self.request.plan is not None
-        sites = list(own_sites(self.modelmap).values())
-        sites += self._places()
+        sites = plan_sites(self.modelmap)
         steps = Plan.parse(self.request.plan).resolve(sites)
         check(steps, sites, self.request.padding)
         return Candidate("plan", steps, {})
 
-    def _places(self) -> list[Any]:
-        """Sublayers and blocks as sites, for methods that take these."""
-        from trimtab.core.site import Site
-
-        seen = {s.path for s in self.modelmap.sites}
-        from trimtab.formats.structure import sublayer_path
-
-        found = [
-            Site(sublayer_path(self.modelmap, s), "sublayer", (), s.block, s.kind)
-            for s in self.modelmap.sublayers
-            if s.kind != "block"
-        ]
-        found += [Site(path, "block", (), i, "block") for i, path in enumerate(self.modelmap.blocks)]
-        return [s for s in found if s.path not in seen]
-
     def uniform(self, rows: list[Row], limit: float) -> list[Candidate]:
-        """Plans that take every linear to one level and every embedding to one, within the limit, best predicted
-        first.
+        """Plans that take every linear and convolution to one level, every head to one and every embedding to one,
+        within the limit, best predicted first.
+
+        Heads and embeddings have levels of their own here as they have in practice: held to the body's level, the
+        baseline would be weaker than what one gets by hand.
         """
         by_unit: dict[str, dict[str, Row]] = {}
         for row in rows:
             by_unit.setdefault(row.unit, {})[row.choice] = row
-        kinds: dict[str, list[Unit]] = {}
+        kinds: dict[str, list[Unit]] = {"body": [], "heads": [], "embeddings": []}
         for unit in self.units:
-            kinds.setdefault("embedding" if unit.sites[0].kind == "embedding" else "rest", []).append(unit)
+            kinds[{"head": "heads", "embedding": "embeddings"}.get(unit.sites[0].kind, "body")].append(unit)
+        kinds = {kind: units for kind, units in kinds.items() if units}
         found = []
-        for one in self._common(kinds.get("rest", []), by_unit):
-            for two in self._common(kinds.get("embedding", []), by_unit) or [""]:
-                picked = {u.name: by_unit[u.name][one] for u in kinds.get("rest", [])}
-                picked |= {u.name: by_unit[u.name][two] for u in kinds.get("embedding", [])}
-                if sum(r.bytes for r in picked.values()) <= limit:
-                    name = f"uniform {one}" + (f", embeddings {two}" if two else "")
-                    found.append(Candidate(name, self._steps(picked, ()), picked))
+        for chosen in product(*(self._common(units, by_unit) for units in kinds.values())):
+            picked = {
+                u.name: by_unit[u.name][c] for c, units in zip(chosen, kinds.values(), strict=True) for u in units
+            }
+            if sum(r.bytes for r in picked.values()) <= limit:
+                named = ", ".join(c if kind == "body" else f"{kind} {c}" for kind, c in zip(kinds, chosen, strict=True))
+                found.append(Candidate(f"uniform {named}", self._steps(picked, ()), picked))
         return sorted(found, key=Candidate.predicted)
 
     @staticmethod
@@ -385,8 +358,6 @@ class Job:
         """Choices that every one of these units has; a unit without a grouped choice takes none, so the shortest menu
         decides.
         """
-        if not units:
-            return []
         shared = set.intersection(*(set(by_unit[u.name]) for u in units))
         return [c for c in by_unit[units[0].name] if c in shared]
 

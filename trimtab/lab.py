@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,40 +65,27 @@ class Bench:
         self.task = task_for(source, data)
         self.calibration = self.task.batch("calibration", calibration, seed)
         self.test = self.task.batch("test", items, seed)
-        self.chunk = 8 if self.task.name != "classification" else 128
+        self.chunk = self.task.chunk
 
     @cached_property
     def modelmap(self) -> Any:
         """The traced map."""
-        from trimtab.core.modelmap import trace
+        from trimtab.engine.stream import traced
 
-        inputs: Any = {k: v[:1] for k, v in self.test.inputs.items()}
-        return trace(
-            self.source.skeleton(), inputs if self.source.config.get("architectures") else tuple(inputs.values())
-        )
+        return traced(self.source, self.test)
 
     def stream(self) -> Any:
         """A fresh stream over the original."""
         from trimtab.engine.stream import Stream
 
-        return Stream(
-            self.source, self.modelmap, {"use_cache": False} if self.task.name == "causal-lm" else {}, resident=True
-        )
+        return Stream(self.source, self.modelmap, self.task.options, resident=True)
 
     @cached_property
     def sites(self) -> list[Any]:
         """The model's sites, each storage once, and its sublayers and blocks."""
-        from trimtab.core.site import Site
-        from trimtab.engine.stream import own_sites
-        from trimtab.formats.structure import sublayer_path
+        from trimtab.engine.stream import plan_sites
 
-        found = list(own_sites(self.modelmap).values())
-        found += [
-            Site(sublayer_path(self.modelmap, s), "sublayer", (), s.block, s.kind)
-            for s in self.modelmap.sublayers
-            if s.kind != "block"
-        ]
-        return found + [Site(p, "block", (), i, "block") for i, p in enumerate(self.modelmap.blocks)]
+        return plan_sites(self.modelmap)
 
     @cached_property
     def _reference(self) -> list[Any]:
@@ -122,11 +109,9 @@ class Bench:
         weights = sum(sites[p].weights for p in applied.packed)
         parameters = applied.stream.map.parameters
         total = stored + dense.bytes((parameters - weights,))
-        value = self.task.value(_total(scores), self.test.amounts.double().sum())
+        value = self.task.overall(scores, self.test.amounts)
         loss = float(scores.nll.sum() / scores.count.sum())
-        return Measured(
-            float(value), loss, scores.damage(), total, 8 * stored / weights if weights else 0.0, scores, applied
-        )
+        return Measured(value, loss, scores.damage(), total, 8 * stored / weights if weights else 0.0, scores, applied)
 
     def weight(self, path: str) -> Tensor:
         """A site's weight `[out, in]`, fp32."""
@@ -136,17 +121,11 @@ class Bench:
     def statistics(self, names: Iterable[str] = ("gram", "mean", "absmean")) -> dict[str, dict[str, Tensor]]:
         """Statistics of every site that has them, on the original and the calibration items: path -> name -> tensor."""
         from trimtab.engine.measure import measure
-        from trimtab.engine.stats import Collector
+        from trimtab.engine.stats import collect
 
         stream = self.stream()
-        collector = Collector(stream.sites.values(), stream.map.siblings, {p: names for p in stream.sites})
-        with collector.attached(stream.model):
-            measure(stream, self.calibration, self.task, self.chunk)
-        return collector.result()
-
-
-def _total(scores: Scores) -> Scores:
-    return type(scores)(*(getattr(scores, f.name).sum() for f in dataclasses.fields(scores)))
+        run = partial(measure, stream, self.calibration, self.task, self.chunk)
+        return collect(stream, dict.fromkeys(stream.sites, names), run)
 
 
 class Lab:

@@ -2,8 +2,7 @@
 on.
 
 Within a block the steps run in the plan's order; a step that changes weights ends the statistics of the block, and a
-later step collects
-them again. Inputs of a block come from the blocks before it as they are then, already changed.
+later step collects them again. Inputs of a block come from the blocks before it as they are then, already changed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.level import Level
 from trimtab.core.method import Method, Rewriter, Scene, Solver
 from trimtab.core.site import Site
-from trimtab.engine.stats import Collector, gathers
+from trimtab.engine.stats import INPUT_STATS, Collector, collect, gathers
 from trimtab.engine.stream import Flow, Stream
 from trimtab.formats.packed import Packed, join_rows, row_separable
 
@@ -137,7 +136,7 @@ def _segments(resolved: Resolved) -> Iterable[Resolved]:
 def _pass(
     stream: Stream, steps: Resolved, batch: Any, chunk: int, seed: int, keep: Any, progress: Any, done: Applied
 ) -> None:
-    before, behind = _outside(stream, batch)
+    before, behind = outside_sites(stream, batch)
     flow = stream.begin(batch.inputs, chunk)
     total = len(stream.paths) + 2
 
@@ -146,45 +145,40 @@ def _pass(
             progress(place, total)
 
     if any(p in levels for _, levels in steps for p in before):
-        collect = Collector([stream.sites[p] for p in before], stream.map.siblings, _wanted(steps))
-        with collect.attached(stream.model):
-            stream.begin(batch.inputs, chunk)
-        _place(stream, steps, before, "before", keep, seed, done, first=collect.result())
+        stats = collect(stream, _wanted(steps, before), lambda: stream.begin(batch.inputs, chunk))
+        _place(stream, steps, before, "before", keep, seed, done, first=stats)
         flow = stream.begin(batch.inputs, chunk)
     tell(1)
     for i in range(len(stream.paths)):
         inside = [s.path for s in stream.sites.values() if s.block == i or stream.whole]
         with stream.loaded(i):
-            _place(stream, steps, inside, i, keep, seed, done, collect=_collector(stream, i, flow))
+            _place(stream, steps, inside, i, keep, seed, done, gather=_collector(stream, i, flow))
             flow.hidden = stream.forward(i, flow)
         tell(i + 2)
     if any(p in levels for _, levels in steps for p in behind):
-        collect = Collector([stream.sites[p] for p in behind], stream.map.siblings, _wanted(steps))
-        if collect.sites:
-            with collect.attached(stream.model):
-                for _ in stream.finish(flow):
-                    pass
-        _place(stream, steps, behind, "behind", keep, seed, done, first=collect.result())
+        stats = collect(stream, _wanted(steps, behind), lambda: drain(stream.finish(flow)))
+        _place(stream, steps, behind, "behind", keep, seed, done, first=stats)
     tell(total)
 
 
-def _wanted(steps: Resolved) -> dict[str, set[str]]:
+def _wanted(steps: Resolved, paths: Iterable[str]) -> dict[str, set[str]]:
+    """The statistics that the steps ask for at those of the paths that they touch."""
     wanted: dict[str, set[str]] = {}
-    for method, levels in steps:
-        for path in levels:
-            wanted.setdefault(path, set()).update(method.needs())
+    for path in paths:
+        for method, levels in steps:
+            if path in levels:
+                wanted.setdefault(path, set()).update(method.needs())
     return wanted
 
 
 def _collector(stream: Stream, index: int, flow: Flow) -> Callable[[dict[str, set[str]]], dict[str, dict[str, Tensor]]]:
-    def collect(wanted: dict[str, set[str]]) -> dict[str, dict[str, Tensor]]:
-        collector = Collector([stream.sites[p] for p in wanted if p in stream.sites], stream.map.siblings, wanted)
-        if collector.sites:
-            with collector.attached(stream.model):
-                stream.forward(index, flow)
-        return collector.result()
+    return lambda wanted: collect(stream, wanted, lambda: stream.forward(index, flow))
 
-    return collect
+
+def drain(items: Iterable[Any]) -> None:
+    """Go through items for what happens on the way."""
+    for _ in items:
+        pass
 
 
 def _place(
@@ -196,7 +190,7 @@ def _place(
     seed: int,
     done: Applied,
     first: dict[str, dict[str, Tensor]] | None = None,
-    collect: Callable[[dict[str, set[str]]], dict[str, dict[str, Tensor]]] | None = None,
+    gather: Callable[[dict[str, set[str]]], dict[str, dict[str, Tensor]]] | None = None,
 ) -> None:
     """Carry out the steps at the sites of one place: a block, or what lies before or behind the blocks."""
     here = set(paths)
@@ -204,18 +198,18 @@ def _place(
     for method, levels in solves:
         if not levels:
             continue
-        asks = _wanted([(method, levels)])
+        asks = _wanted([(method, levels)], levels)
         if isinstance(method, Rewriter):
             if not isinstance(place, int):
                 continue
             _rewrite_block(
-                stream, method, levels, place, collect(_rewriter_wants(method, stream, place)) if collect else {}, done
+                stream, method, levels, place, gather(_rewriter_wants(method, stream, place)) if gather else {}, done
             )
             continue
 
         def work(method: Any = method, levels: Any = levels, asks: Any = asks) -> dict[str, Packed]:
-            needs_input = any(set(a) & {"gram", "mean", "absmean"} for a in asks.values())
-            stats = (first if first is not None else collect(asks) if collect and needs_input else {}) or {}
+            needs_input = any(a & INPUT_STATS for a in asks.values())
+            stats = (first if first is not None else gather(asks) if gather and needs_input else {}) or {}
             return {
                 p: solve(method, stream.sites[p], stream.weight(stream.sites[p]), lv, stats.get(p, {}), seed)
                 for p, lv in levels.items()
@@ -245,7 +239,7 @@ def _rewrite_block(
     done.rewrote = True
 
 
-def _outside(stream: Stream, batch: Any) -> tuple[list[str], list[str]]:
+def outside_sites(stream: Stream, batch: Any) -> tuple[list[str], list[str]]:
     """Paths of the sites before the blocks and behind them, by running one item up to the last block."""
     outside = [s for s in stream.sites.values() if s.block is None and not stream.whole]
     called: set[str] = set()
@@ -313,8 +307,8 @@ def _rewrite_model(
     assert isinstance(method, Rewriter)
     needs = set(method.needs())
     stats: dict[str, dict[str, Tensor]] = {}
-    if needs & {"gram", "mean", "absmean"}:
-        _, behind = _outside(stream, batch)
+    if needs & INPUT_STATS:
+        _, behind = outside_sites(stream, batch)
         flow = stream.begin(batch.inputs, chunk)
         for i in range(len(stream.paths)):
             with stream.loaded(i):
@@ -322,13 +316,8 @@ def _rewrite_model(
                 with collector.attached(stream.model):
                     flow.hidden = stream.forward(i, flow)
                 stats |= collector.result()
-        collector = Collector([stream.sites[p] for p in behind], stream.map.siblings, {p: needs for p in behind})
-        if collector.sites:
-            with collector.attached(stream.model):
-                for _ in stream.finish(flow):
-                    pass
-            stats |= collector.result()
-    extra: dict[str, Any] = _by_statistic(stats, needs & {"gram", "mean", "absmean"})
+        stats |= collect(stream, dict.fromkeys(behind, needs), lambda: drain(stream.finish(flow)))
+    extra: dict[str, Any] = _by_statistic(stats, needs & INPUT_STATS)
     if "cosine" in needs:
         extra["cosine"] = sublayer_cosines(stream, batch, chunk)
     model = stream.whole_model()

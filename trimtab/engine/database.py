@@ -5,14 +5,13 @@ end.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 from trimtab.core.errors import UserError
 from trimtab.core.table import Row
 from trimtab.engine.measure import measure
-from trimtab.engine.probe import Unit, _solve_unit
-from trimtab.engine.stats import INPUT_STATS, Collector
+from trimtab.engine.probe import Unit, solve_unit
+from trimtab.engine.stats import INPUT_STATS, collect
 from trimtab.engine.stream import Stream
 from trimtab.formats.packed import Packed
 
@@ -43,11 +42,8 @@ class Database:
         self.stream, self.units, self.search, self.task = stream, {u.name: u for u in units}, search, task
         self.chunk, self.reference, self.seed = chunk, reference, seed
         self.solved: dict[tuple[str, str], dict[str, Packed]] = {}
-        sites = [s for u in units for s in u.sites]
-        collector = Collector(sites, stream.map.siblings, {s.path: INPUT_STATS for s in sites})
-        with collector.attached(stream.model):
-            measure(stream, calibration, task, chunk)
-        self.stats = collector.result()
+        wanted = {s.path: INPUT_STATS for u in units for s in u.sites}
+        self.stats = collect(stream, wanted, lambda: measure(stream, calibration, task, chunk))
 
     def packed(self, unit: str, choice: str) -> dict[str, Packed]:
         """The unit's sites solved at a choice; nothing for the original."""
@@ -55,7 +51,7 @@ class Database:
             return {}
         key = (unit, choice)
         if key not in self.solved:
-            self.solved[key] = _solve_unit(self.stream, self.units[unit], choice, self.stats, self.seed)
+            self.solved[key] = solve_unit(self.stream, self.units[unit], choice, self.stats, self.seed)
         return self.solved[key]
 
     def measure(self, picked: Mapping[str, Row], samples: int | None = None) -> float:
@@ -67,6 +63,5 @@ class Database:
         if samples is not None:
             each = int(self.task.counts(self.search.labels[:1])[0])
             items = min(items, -(-samples // (each * self.chunk)) * self.chunk)
-        with ExitStack() as stack:
-            stack.enter_context(self.stream.swapped(changes))
+        with self.stream.swapped(changes):
             return measure(self.stream, self.search.take(0, items), self.task, self.chunk, self.reference).damage()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from trimtab.core.method import Method, Solver
 from trimtab.core.plan import Plan, Step
 from trimtab.core.site import Site
 from trimtab.core.table import Row
-from trimtab.engine.apply import _outside, solve
+from trimtab.engine.apply import drain, outside_sites, solve
 from trimtab.engine.measure import scores
-from trimtab.engine.stats import Collector
+from trimtab.engine.stats import INPUT_STATS, collect, gathers
 from trimtab.engine.stream import Stream
 from trimtab.formats.packed import Packed
 from trimtab.formats.structure import sublayer_path
@@ -42,6 +42,7 @@ class Choice:
         return str(Step(self.method, (("*", self.level),))).replace(" @ ", "@")
 
     @staticmethod
+    @cache
     def parse(text: str) -> Choice:
         """The choice that `name@level` or `name(field=value)@level` says."""
         step = Plan.parse(text.replace("@", " @ ", 1)).steps[0]
@@ -98,15 +99,13 @@ def units_of(
 
 def _fits(choice: Choice, site: Site) -> bool:
     """Whether a method can touch a site at all: its kind, and the statistics that the site can have."""
-    from trimtab.engine.stats import INPUT_STATS, gathers
-
     asks = set(choice.method.needs()) & INPUT_STATS
     return isinstance(choice.method, Solver) and site.kind in choice.method.card.kinds and (not asks or gathers(site))
 
 
-def original_row(unit: Unit, dtype: str, seconds: float = 0.0) -> Row:
+def original_row(unit: Unit, dtype: str) -> Row:
     """The row of leaving a unit as it is."""
-    return Row(unit.name, dtype, sum(Dense(dtype).bytes(s.shape) for s in unit.sites), seconds, 0.0, unit.weights)
+    return Row(unit.name, dtype, sum(Dense(dtype).bytes(s.shape) for s in unit.sites), 0.0, 0.0, unit.weights)
 
 
 def probe(
@@ -130,7 +129,7 @@ def probe(
         step: commits what one place gave and gives it back on a resumed run (`Journal.step`).
         drops: probe dropping every attention and MLP sublayer as well.
     """
-    before, behind = _outside(stream, search)
+    before, behind = outside_sites(stream, search)
     by_place: dict[int | str, list[Unit]] = {}
     for unit in units:
         first = unit.sites[0]
@@ -154,19 +153,12 @@ def probe(
 
     def outside(place: str) -> dict[str, Any]:
         rows = []
-        wanted = {s.path: {"gram", "mean", "absmean"} for u in by_place[place] for s in u.sites}
-        collector = Collector([s for u in by_place[place] for s in u.sites], stream.map.siblings, wanted)
-        if collector.sites:
-            with collector.attached(stream.model):
-                if place == "before":
-                    stream.begin(calibration.inputs, chunk)
-                else:
-                    for _ in stream.finish(calib):
-                        pass
-        stats = collector.result()
+        wanted = {s.path: INPUT_STATS for u in by_place[place] for s in u.sites}
+        first = partial(stream.begin, calibration.inputs, chunk)
+        stats = collect(stream, wanted, first if place == "before" else lambda: drain(stream.finish(calib)))
         for unit in by_place[place]:
             for text in unit.choices:
-                packed = _solve_unit(stream, unit, text, stats, seed)
+                packed = solve_unit(stream, unit, text, stats, seed)
                 with stream.swapped(packed):
                     flow = stream.begin(search.inputs, chunk)
                     for i in range(len(stream.paths)) if place == "before" else ():
@@ -186,14 +178,10 @@ def probe(
         with stream.loaded(index):
             asked = {u.name: {n for c in u.choices for n in Choice.parse(c).method.needs()} for u in mine}
             wanted = {s.path: asked[u.name] for u in mine for s in u.sites}
-            collector = Collector([s for u in mine for s in u.sites], stream.map.siblings, wanted)
-            if collector.sites:
-                with collector.attached(stream.model):
-                    stream.forward(index, calib)
-            stats = collector.result()
+            stats = collect(stream, wanted, partial(stream.forward, index, calib))
             for unit in mine:
                 for text in unit.choices:
-                    packed = _solve_unit(stream, unit, text, stats, seed)
+                    packed = solve_unit(stream, unit, text, stats, seed)
                     with stream.swapped(packed):
                         variants.append(
                             ([unit.name, text, sum(p.nbytes for p in packed.values())], stream.forward(index, look))
@@ -227,9 +215,10 @@ def probe(
     return [Row(u, text, size, 0.0, damage, weights[u]) for u, text, size, damage in measured], dropped
 
 
-def _solve_unit(
+def solve_unit(
     stream: Stream, unit: Unit, text: str, stats: Mapping[str, Mapping[str, torch.Tensor]], seed: int
 ) -> dict[str, Packed]:
+    """A unit's sites solved at a choice: path -> packed weight."""
     choice = Choice.parse(text)
     assert isinstance(choice.method, Solver)
     return {

@@ -5,7 +5,7 @@ fresh process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,10 +66,9 @@ def generate(
         output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
 
 
-@torch.no_grad()
-def outputs(model: nn.Module, inputs: Mapping[str, Tensor], named: bool, pick: Callable[[Any], Tensor]) -> Tensor:
-    """The model's predictions for all positions in one forward."""
-    return pick(model(**inputs) if named else model(*inputs.values())).float()
+def main_output(output: Any) -> Tensor:
+    """The tensor of an output that counts: logits, else the last hidden state, else the output itself."""
+    return next((getattr(output, n) for n in ("logits", "last_hidden_state") if hasattr(output, n)), output)
 
 
 @torch.no_grad()

@@ -77,6 +77,15 @@ class Collector:
         return {p: means[leader] for p in self.sites if (leader := self.leader.get(p, p)) in means}
 
 
+def collect(stream: Any, wanted: Mapping[str, Iterable[str]], run: Callable[[], Any]) -> dict[str, dict[str, Tensor]]:
+    """What a stream's sites ask for by path, over the forwards of `run`, which is left out where none asks for any."""
+    collector = Collector([stream.sites[p] for p in wanted if p in stream.sites], stream.map.siblings, wanted)
+    if collector.sites:
+        with collector.attached(stream.model):
+            run()
+    return collector.result()
+
+
 def gathers(site: Site) -> bool:
     """Whether input statistics can be collected at the site: not for embeddings, nor grouped convolutions, whose
     patches mix groups.

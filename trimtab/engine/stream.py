@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from trimtab.core.modelmap import trace
 from trimtab.core.site import Site
 from trimtab.formats.packed import Packed
-from trimtab.formats.structure import Dropped, returned
+from trimtab.formats.structure import Dropped, returned, sublayer_path
 
 RESIDENT_BYTES = 1 << 30  # a model whose fp32 weights are below this stays in memory: reading it again would cost more
+TRACED_TOKENS = 32  # the map does not depend on the length
 
 
 class _Stop(Exception):
@@ -235,20 +236,12 @@ class Stream:
         """A stream over this one's model after its structure was changed in place."""
         tensors = model.state_dict(keep_vars=True)
         source = replace(self.source, skeleton=lambda: model, read=lambda n: tensors[n].detach(), names=tuple(tensors))
-        inputs = {k: v[:1] for k, v in batch.inputs.items()}
-        return Stream(
-            source,
-            trace(model, inputs if self.source.config.get("architectures") else tuple(inputs.values())),
-            self.extra,
-            resident=True,
-        )
+        return Stream(source, traced(source, batch), self.extra, resident=True)
 
     # ---- passing items through
 
     def _call(self, inputs: Mapping[str, Tensor]) -> Any:
-        if self.source.config.get("architectures"):
-            return self.model(**inputs, **self.extra)
-        return self.model(*inputs.values())
+        return self.model(**inputs, **self.extra) if _by_name(self.source) else self.model(*inputs.values())
 
     @torch.no_grad()
     def once(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -321,6 +314,26 @@ class Stream:
             with self._patched(bypass):
                 output = self._call(part)
             yield i, output
+
+
+def _by_name(source: Any) -> bool:
+    """Whether a source's model takes its inputs by name, as those of transformers do."""
+    return bool(source.config.get("architectures"))
+
+
+def traced(source: Any, batch: Any) -> Any:
+    """The map of a source's model, traced on one item, of text its first tokens."""
+    inputs = {k: v[:1, :TRACED_TOKENS] if k == "input_ids" else v[:1] for k, v in batch.inputs.items()}
+    return trace(source.skeleton(), inputs if _by_name(source) else tuple(inputs.values()))
+
+
+def plan_sites(modelmap: Any) -> list[Site]:
+    """Every site that a plan may name: weights, each storage once, then sublayers and blocks."""
+    weights = {s.path for s in modelmap.sites}
+    inner = [s for s in modelmap.sublayers if s.kind != "block"]
+    places = [Site(sublayer_path(modelmap, s), "sublayer", (), s.block, s.kind) for s in inner]
+    places += [Site(path, "block", (), i, "block") for i, path in enumerate(modelmap.blocks)]
+    return [*own_sites(modelmap).values(), *(p for p in places if p.path not in weights)]
 
 
 def own_sites(modelmap: Any) -> dict[str, Site]:

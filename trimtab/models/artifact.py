@@ -227,7 +227,7 @@ def make_skeleton(contents: Contents) -> nn.Module:
     Raises:
         UserError: it came from a Python function, which an artifact does not hold.
     """
-    from trimtab.models.source import _on_meta, read_config
+    from trimtab.models.source import read_config
 
     path = contents.folder / "config.json"
     if not path.is_file():
@@ -236,12 +236,7 @@ def make_skeleton(contents: Contents) -> nn.Module:
             f"{contents.folder} came from {made_by}; name that function again with --model, for an artifact holds no "
             "code"
         )
-    config = read_config(contents.folder)
-    if config.get("model_type") == "pocket-cnn":
-        from trimtab.models.pocket.cnn import PocketCNN
-
-        return _on_meta(PocketCNN.from_config(config))
-    return skeleton_of(config, str(contents.folder))
+    return skeleton_of(read_config(contents.folder), str(contents.folder))
 
 
 def is_artifact(path: Path | str) -> bool:

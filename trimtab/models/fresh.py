@@ -32,7 +32,7 @@ def main() -> None:
     import torch
 
     from trimtab.engine.measure import forget_peak, held_bytes, peak_bytes
-    from trimtab.engine.run import decoded, seconds_of, worst
+    from trimtab.engine.run import decoded, main_output, seconds_of, worst
     from trimtab.formats.checkpoint import Checkpoint
     from trimtab.models.artifact import build, make_skeleton, open_artifact
     from trimtab.models.source import open_source
@@ -58,8 +58,7 @@ def main() -> None:
     with torch.no_grad():
 
         def call(items: dict[str, torch.Tensor]) -> torch.Tensor:
-            out = model(**items) if named else model(*items.values())
-            return next((getattr(out, n) for n in ("logits", "last_hidden_state") if hasattr(out, n)), out)
+            return main_output(model(**items) if named else model(*items.values()))
 
         expected = stored.read("output")
         result = {"prefill": worst(expected, call(inputs).float()), "load_seconds": loaded}

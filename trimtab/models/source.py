@@ -155,26 +155,16 @@ def open_source(name: str) -> Source:
     from trimtab.models.pocket import POCKET
 
     if name in POCKET:
-        folder = Path(POCKET[name])
-        config = _original_config(folder)
-        return (
-            _pocket_cnn(name, folder, config)
-            if config.get("model_type") == "pocket-cnn"
-            else _huggingface(name, folder)
-        )
+        return _from_folder(name, POCKET[name])
     path = Path(name).expanduser()
     if path.is_dir():
-        return (
-            _pocket_cnn(name, path, c)
-            if (c := _original_config(path)).get("model_type") == "pocket-cnn"
-            else _huggingface(name, path)
-        )
+        return _from_folder(name, path)
     if path.is_file():
         raise UserError(f"{name} is a file; give the folder that holds config.json and the .safetensors weights")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return _entry_point(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _huggingface(name, _hub(name))
+        return _from_folder(name, _hub(name))
     raise UserError(
         f"there is no model {name!r}{did_you_mean(name, POCKET)}; give a folder, a hub name like owner/name, "
         f"module:function, or one of {', '.join(POCKET)}"
@@ -211,9 +201,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def skeleton_of(config_dict: Mapping[str, Any], where: str) -> nn.Module:
-    """The module that a Hugging Face configuration describes: parameters on the meta device, buffers real; nothing of
-    the folder is run.
+    """The module that a configuration describes, of transformers or ours: parameters on the meta device, buffers real;
+    nothing of the folder is run.
+
+    Raises:
+        UserError: the configuration names no known architecture, or makes no model.
     """
+    from trimtab.models.pocket.cnn import MODEL_TYPE, PocketCNN
+
+    if config_dict.get("model_type") == MODEL_TYPE:
+        return _on_meta(PocketCNN.from_config(dict(config_dict)))
     import torch
     import transformers
     from transformers import AutoConfig
@@ -256,10 +253,16 @@ def _mappings(auto: Any) -> list[Any]:
     return [getattr(auto, f"MODEL_{'FOR_' if w else ''}{w}{'_' if w else ''}MAPPING_NAMES") for w in wanted]
 
 
-def _huggingface(name: str, folder: Path) -> Source:
-    from trimtab.formats.checkpoint import Checkpoint
+def _from_folder(name: str, folder: Path) -> Source:
+    from trimtab.models.pocket.cnn import MODEL_TYPE
 
     config = _original_config(folder)
+    return (_pocket_cnn if config.get("model_type") == MODEL_TYPE else _huggingface)(name, folder, config)
+
+
+def _huggingface(name: str, folder: Path, config: dict[str, Any]) -> Source:
+    from trimtab.formats.checkpoint import Checkpoint
+
     if "quantization_config" in config:
         raise UserError(
             f"{name} is already quantised ({config['quantization_config'].get('quant_method', 'unknown')}); give the "
@@ -367,18 +370,13 @@ def _main_dtype(stored: list[tuple[str, tuple[int, ...]]]) -> str:
 
 def _pocket_cnn(name: str, folder: Path, config: dict[str, Any]) -> Source:
     from trimtab.formats.checkpoint import Checkpoint
-    from trimtab.models.pocket.cnn import PocketCNN
 
     checkpoint = Checkpoint(folder)
-
-    def skeleton() -> nn.Module:
-        return _on_meta(PocketCNN.from_config(config))
-
     size = checkpoint.bytes + (folder / "config.json").stat().st_size
     return Source(
         name,
         "classification",
-        skeleton,
+        lambda: skeleton_of(config, name),
         checkpoint.read,
         tuple(checkpoint.names()),
         checkpoint.hash()[:16],

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,10 @@ class Scores:
 
         return Scores(*(torch.cat([getattr(p, f) for p in parts]) for f in ("nll", "hits", "count", "kl")))
 
+    def total(self) -> Scores:
+        """The sums over all items."""
+        return Scores(*(getattr(self, f).sum() for f in ("nll", "hits", "count", "kl")))
+
     def damage(self) -> float:
         """Mean KL divergence to the original, in nats a prediction: the one currency of probing and allocation."""
         return float(self.kl.sum() / self.count.sum())
@@ -72,6 +76,9 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[str]
     higher: ClassVar[bool]
+    chunk: ClassVar[int] = 8  # items in one forward
+    multiple: ClassVar[int] = 1  # items for each that a menu asks for: an image says less than a window of text
+    options: ClassVar[Mapping[str, Any]] = {}  # keyword arguments of every forward
 
     @abstractmethod
     def batch(self, split: str, items: int, seed: int = 0) -> Batch:
@@ -92,6 +99,10 @@ class Task(ABC):
     @abstractmethod
     def value(self, scores: Scores, amounts: Tensor) -> Tensor:
         """The metric from sums; vectorised over leading dimensions of its arguments."""
+
+    def overall(self, scores: Scores, amounts: Tensor) -> float:
+        """The metric over all items."""
+        return float(self.value(scores.total(), amounts.double().sum()))
 
     def data_hash(self) -> str:
         """A hash of the data behind the splits, for records."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,7 @@ class CausalLM(Task):
     name: ClassVar[str] = "causal-lm"
     metric: ClassVar[str] = "perplexity"
     higher: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, Any]] = {"use_cache": False}
 
     windows: dict[str, Tensor]
     sizes: dict[str, Tensor]
@@ -56,6 +58,7 @@ class MaskedLM(CausalLM):
     """Predict masked tokens (15 %, chosen by a fixed seed); the metric is the perplexity of the masked tokens."""
 
     name: ClassVar[str] = "masked-lm"
+    options: ClassVar[Mapping[str, Any]] = {}
     mask_token: int = 0
 
     def batch(self, split: str, items: int, seed: int = 0) -> Batch:
@@ -87,6 +90,7 @@ class Embedding(CausalLM):
 
     name: ClassVar[str] = "embedding"
     metric: ClassVar[str] = "similarity"
+    options: ClassVar[Mapping[str, Any]] = {}
     higher: ClassVar[bool] = True
 
     def pick(self, output: Any, labels: Tensor) -> Tensor:

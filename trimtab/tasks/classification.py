@@ -22,6 +22,8 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
     higher: ClassVar[bool] = True
+    chunk: ClassVar[int] = 128
+    multiple: ClassVar[int] = 100
 
     data: dict[str, tuple[dict[str, Tensor], Tensor]]
 
