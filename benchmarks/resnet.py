@@ -18,7 +18,7 @@ from trimtab.catalogue import data_folder
 from trimtab.core.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZES = {"calibration": 2000, "search": 1000, "test": 4000}
+SIZES = {"calibration": 2000, "search": 1000, "test": 10_000}
 
 
 class Block(nn.Module):

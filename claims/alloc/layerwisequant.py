@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.alloc.layerwisequant import LayerwiseQuant, outlier_score
+from trimtab.alloc.layerwisequant import LayerwiseQuant
 from trimtab.core.claim import Check, Claim
 from trimtab.core.level import Int
 from trimtab.core.table import Row
+from trimtab.parts.scores import outlier_score
 from trimtab.quant.rtn import RTN
 
 LEVELS = {"4b": Int(4, 64), "3b": Int(3, 64), "2b": Int(2, 64)}
