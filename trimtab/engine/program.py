@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.level import Float, Int
 from trimtab.formats.packed import Packed
 from trimtab.kernels.dense.make import dense_weight
+from trimtab.kernels.integer import reference as integer
+from trimtab.kernels.integer.reference import exact_step
 from trimtab.kernels.weight import kernel_weight
 
 if TYPE_CHECKING:
@@ -344,7 +347,17 @@ class PlainWeight:
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """`x [m, cols]` to `[m, rows]`."""
-        return torch.nn.functional.linear(torch.from_numpy(x), self.packed.dense()).numpy()
+        y = multiply(self.packed, torch.from_numpy(x))
+        return y.numpy()
+
+
+def multiply(packed: Packed, x: Tensor) -> Tensor:
+    """`x [m, in]` times a packed matrix, to `[m, out]`, as the kernels reckon: with 8-bit inputs where the level has
+    integers, else in fp32.
+    """
+    level = packed.level
+    integers = isinstance(level, Int) or (isinstance(level, Float) and exact_step(level.e, level.m) is not None)
+    return integer.linear(packed, x) if integers else nn.functional.linear(x, packed.dense())
 
 
 def _linear(module: nn.Module, weight: Any, first: int, rows: int) -> Callable[[Tensor], Tensor]:
