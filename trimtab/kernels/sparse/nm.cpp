@@ -1,0 +1,133 @@
+#include "sparse/nm.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "linear/by_rows.h"
+
+namespace trimtab {
+namespace {
+
+constexpr int kPanel = Lanes::kWidth;
+constexpr int kMostInputs = 4;  // more are served by unpacking rows: a permutation an input and slot costs as much as a zero
+
+size_t panels_of(int rows) { return (rows + kPanel - 1) / kPanel; }
+
+// Columns of the copy of an input whose last group may be read as a whole register.
+size_t padded(int cols) { return (static_cast<size_t>(cols) + 2 * kPanel) / kPanel * kPanel; }
+
+}  // namespace
+
+bool NM::fits(int kept, int group) {
+  const int width = std::bit_width(static_cast<unsigned>(group - 1));
+  return (group == 2 || group == 4 || group == 8 || group == 16) && kept >= 1 && kept * width <= 32;
+}
+
+NM::NM(const Half* values, const uint8_t* places, int rows, int cols, int kept, int group)
+    : Weight(rows, cols),
+      kept_(kept),
+      group_(group),
+      width_(std::bit_width(static_cast<unsigned>(group - 1))),
+      each_(32 / width_ / kept * kept),
+      slots_((cols + group - 1) / group * kept),
+      words_((slots_ + each_ - 1) / each_),
+      values_(panels_of(rows) * slots_ * kPanel * sizeof(Half)),
+      places_(panels_of(rows) * words_ * kPanel * sizeof(uint32_t)) {
+  std::memset(values_.data(), 0, values_.size());
+  std::memset(places_.data(), 0, places_.size());
+  Half* value = reinterpret_cast<Half*>(values_.data());
+  uint32_t* word = reinterpret_cast<uint32_t*>(places_.data());
+  for (int r = 0; r < rows; ++r)
+    for (int s = 0; s < slots_; ++s) {
+      const size_t panel = r / kPanel, lane = r % kPanel, from = static_cast<size_t>(r) * slots_ + s;
+      value[(panel * slots_ + s) * kPanel + lane] = values[from];
+      word[(panel * words_ + s / each_) * kPanel + lane] |= static_cast<uint32_t>(places[from]) << (s % each_ * width_);
+    }
+}
+
+void NM::row(int r, float* out) const {
+  const size_t panel = r / kPanel, lane = r % kPanel;
+  const Half* value = reinterpret_cast<const Half*>(values_.data()) + panel * slots_ * kPanel + lane;
+  const uint32_t* word = reinterpret_cast<const uint32_t*>(places_.data()) + panel * words_ * kPanel + lane;
+  std::memset(out, 0, cols * sizeof(float));
+  for (int s = 0; s < slots_; ++s) {
+    const int place = word[static_cast<size_t>(s / each_) * kPanel] >> (s % each_ * width_) & (group_ - 1);
+    const int c = s / kept_ * group_ + place;
+    if (c < cols) out[c] += to_float(value[static_cast<size_t>(s) * kPanel]);
+  }
+}
+
+#if defined(__AVX512F__)
+
+// Panel p of sixteen rows for M inputs [M][ldx]. KEPT and GROUP are those of the weight, or 0 where they may be any.
+template <int M, int KEPT, int GROUP>
+void NM::panel(int p, const float* x, size_t ldx, float* y, int ldy) const {
+  const Half* value = reinterpret_cast<const Half*>(values_.data()) + static_cast<size_t>(p) * slots_ * kPanel;
+  const __m512i* word = reinterpret_cast<const __m512i*>(places_.data()) + static_cast<size_t>(p) * words_;
+  const int kept = KEPT > 0 ? KEPT : kept_, group = GROUP > 0 ? GROUP : group_;
+  const int each = KEPT > 0 && GROUP == 4 ? 16 / KEPT * KEPT : each_;
+  const __m512i step = _mm512_set1_epi32(width_), within = _mm512_set1_epi32(group - 1);
+  __m512 sum[M][2];
+  for (auto& two : sum) two[0] = two[1] = _mm512_setzero_ps();
+  for (int s = 0; s < slots_; s += each) {
+    __m512i places = *word++;
+    for (int end = std::min(each, slots_ - s), k = 0; k < end; k += kept, x += group) {
+      __m512 input[M];
+      for (int i = 0; i < M; ++i)  // a group of four fills each quarter of a register: its permutation is the cheaper one
+        input[i] = GROUP == 4 ? _mm512_broadcast_f32x4(_mm_loadu_ps(x + i * ldx)) : _mm512_loadu_ps(x + i * ldx);
+      for (int j = 0; j < kept; ++j, value += kPanel) {
+        const __m512 weight = Lanes::load(value).v;
+        for (int i = 0; i < M; ++i) {
+          const __m512 chosen = GROUP == 4 ? _mm512_permutevar_ps(input[i], places)
+                                           : _mm512_permutexvar_ps(_mm512_and_si512(places, within), input[i]);
+          sum[i][j % 2] = _mm512_fmadd_ps(weight, chosen, sum[i][j % 2]);
+        }
+        places = GROUP == 4 ? _mm512_srli_epi32(places, 2) : _mm512_srlv_epi32(places, step);
+      }
+    }
+  }
+  const int n = std::min(kPanel, rows - p * kPanel);
+  for (int i = 0; i < M; ++i)
+    Lanes{_mm512_add_ps(sum[i][0], sum[i][1])}.store(y + static_cast<size_t>(i) * ldy + p * kPanel, n);
+}
+
+template <int M, int KEPT, int GROUP>
+void NM::panels(const float* x, size_t ldx, float* y, int ldy, const Team& team) const {
+  const auto [first, last] = team.share(static_cast<int>(panels_of(rows)));
+  for (int p = first; p < last; ++p) panel<M, KEPT, GROUP>(p, x, ldx, y, ldy);
+}
+
+template <int M>
+void NM::inputs(int m, const float* x, size_t ldx, float* y, int ldy, const Team& team) const {
+  if constexpr (M > 0) {
+    if (m != M) return inputs<M - 1>(m, x, ldx, y, ldy, team);
+    if (kept_ == 2 && group_ == 4) return panels<M, 2, 4>(x, ldx, y, ldy, team);
+    if (kept_ == 1 && group_ == 4) return panels<M, 1, 4>(x, ldx, y, ldy, team);
+    panels<M, 0, 0>(x, ldx, y, ldy, team);
+  }
+}
+
+#endif
+
+size_t NM::scratch(int m) const {
+  return std::max(std::min(m, kMostInputs) * padded(cols) * sizeof(float), by_rows_scratch(cols, Pool::get().size()));
+}
+
+void NM::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
+#if defined(__AVX512F__)
+  if (m <= kMostInputs) {
+    float* copy = reinterpret_cast<float*>(scratch);
+    const size_t ld = padded(cols);
+    const auto [first, last] = team.share(static_cast<int>(ld));
+    for (int i = 0; i < m; ++i)
+      for (int c = first; c < last; ++c) copy[i * ld + c] = c < cols ? x[static_cast<size_t>(i) * ldx + c] : 0.0f;
+    team.sync();
+    inputs<kMostInputs>(m, copy, ld, y, ldy, team);
+    return team.sync();
+  }
+#endif
+  apply_by_rows(*this, x, ldx, m, y, ldy, scratch, team);
+}
+
+}  // namespace trimtab
