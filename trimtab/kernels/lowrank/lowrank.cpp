@@ -5,30 +5,12 @@
 #include <vector>
 
 #include "linear/dots.h"
+#include "linear/panels.h"
 
 namespace trimtab {
 namespace {
 
-constexpr int kPanel = Lanes::kWidth;
-#if defined(__AVX512F__)
-constexpr int kInputs = 8;  // inputs that share one conversion of a panel's halves
-#else
-constexpr int kInputs = 4;
-#endif
-
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// y[i * ldy + lane] (+)= sum_k panel[k][lane] inner[i * rank + k] for i < M and the first n lanes.
-template <int M>
-void widen_panel(const Half* panel, int rank, const float* inner, float* y, int ldy, int n, bool add) {
-  Lanes sum[M];
-  for (int i = 0; i < M; ++i) sum[i] = add ? Lanes::load(y + static_cast<size_t>(i) * ldy, n) : Lanes::zero();
-  for (int k = 0; k < rank; ++k) {
-    const Lanes weight = Lanes::load(panel + static_cast<size_t>(k) * kPanel);
-    for (int i = 0; i < M; ++i) sum[i] = Lanes::fma(weight, Lanes::all(inner[static_cast<size_t>(i) * rank + k]), sum[i]);
-  }
-  for (int i = 0; i < M; ++i) sum[i].store(y + static_cast<size_t>(i) * ldy, n);
-}
 
 }  // namespace
 
@@ -63,13 +45,7 @@ void LowRank::widen(const float* inner, int m, float* y, int ldy, bool add, cons
   const auto [first, last] = team.share((rows + kPanel - 1) / kPanel);
   for (int p = first; p < last; ++p) {
     const Half* panel = left + static_cast<size_t>(p) * rank * kPanel;
-    const int n = std::min(kPanel, rows - p * kPanel);
-    float* to = y + p * kPanel;
-    int i = 0;
-    for (; i + kInputs <= m; i += kInputs)
-      widen_panel<kInputs>(panel, rank, inner + static_cast<size_t>(i) * rank, to + static_cast<size_t>(i) * ldy, ldy, n, add);
-    for (; i < m; ++i)
-      widen_panel<1>(panel, rank, inner + static_cast<size_t>(i) * rank, to + static_cast<size_t>(i) * ldy, ldy, n, add);
+    panel_dots(panel, rank, inner, rank, m, y + p * kPanel, ldy, std::min(kPanel, rows - p * kPanel), add);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "linear/by_rows.h"
 #include "linear/dots.h"
 #include "sparse/spmm.h"
+#include "sparse/spread.h"
 
 namespace trimtab {
 namespace {
@@ -16,14 +17,13 @@ constexpr int kStrips = 8;  // of sixteen inputs: as many sums as hide the laten
 #else
 constexpr int kStrips = 4;
 #endif
-constexpr int kManyInputs = 16;  // from here on the kept weights alone are multiplied, where few enough are kept
+constexpr int kColumns = 1024;  // of the inputs transposed at a time: with all strips they fill half a second cache
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int padded_inputs(int m) { return (m + Lanes::kWidth - 1) / Lanes::kWidth * Lanes::kWidth; }
 
-// Inputs that are transposed at a time: theirs should lie in a core's second cache.
-int chunk_of(int m, int cols) { return std::min(padded_inputs(m), std::clamp(131'072 / cols / 16, 1, kStrips) * 16); }
+int chunk_of(int m) { return std::min(padded_inputs(m), kStrips * Lanes::kWidth); }
 
 // x[i][c] for i < m to transposed[c][i], the rest of the last strip zero; each thread its share of the columns.
 void transpose(const float* x, int ldx, int m, int cols, float* transposed, const Team& team) {
@@ -35,18 +35,39 @@ void transpose(const float* x, int ldx, int m, int cols, float* transposed, cons
         transposed[static_cast<size_t>(c) * ld + i] = i < m ? x[static_cast<size_t>(i) * ldx + c] : 0.0f;
 }
 
+// sums [16 strips] (+)= the kept weights of a part of a row times the strips.
 template <int S = kStrips>
-void strips_of_row(int strips, const uint32_t* offsets, const float* values, int kept, const float* x, float* y, int ldy, int m) {
+void strips_of_row(int strips, const uint32_t* offsets, const float* values, int kept, const float* x, float* sums, bool add) {
   if constexpr (S > 0) {
-    if (strips != S) return strips_of_row<S - 1>(strips, offsets, values, kept, x, y, ldy, m);
+    if (strips != S) return strips_of_row<S - 1>(strips, offsets, values, kept, x, sums, add);
     Lanes sum[S];
-    for (Lanes& lanes : sum) lanes = Lanes::zero();
+    for (int s = 0; s < S; ++s) sum[s] = add ? Lanes::load(sums + s * Lanes::kWidth) : Lanes::zero();
     sparse_row<S>(offsets, values, kept, x, sum);
-    float lane[S * Lanes::kWidth];
-    for (int s = 0; s < S; ++s) sum[s].store(lane + s * Lanes::kWidth);
-    for (int i = 0; i < m; ++i) y[static_cast<size_t>(i) * ldy] = lane[i];
+    for (int s = 0; s < S; ++s) sum[s].store(sums + s * Lanes::kWidth);
   }
 }
+
+// The scratch of `kept_only`, cut up for one thread.
+struct Scratch {
+  static constexpr size_t kList = kColumns + Lanes::kWidth;
+  static size_t strips_bytes(int m) { return aligned(static_cast<size_t>(kColumns) * chunk_of(m) * sizeof(float)); }
+  static size_t sums_bytes(int rows, int m) { return aligned(static_cast<size_t>(rows) * chunk_of(m) * sizeof(float)); }
+  static size_t at_bytes(int rows) { return aligned(rows * sizeof(size_t)); }
+  static size_t bytes(int rows, int m, int threads) {
+    return strips_bytes(m) + sums_bytes(rows, m) + at_bytes(rows) + threads * kList * 8;
+  }
+  Scratch(int rows, int m, int rank, std::byte* at_hand)
+      : strips(reinterpret_cast<float*>(at_hand)),
+        sums(reinterpret_cast<float*>(at_hand + strips_bytes(m))),
+        at(reinterpret_cast<size_t*>(at_hand + strips_bytes(m) + sums_bytes(rows, m))),
+        offsets(reinterpret_cast<uint32_t*>(reinterpret_cast<std::byte*>(at) + at_bytes(rows) + rank * kList * 8)),
+        values(reinterpret_cast<float*>(offsets + kList)) {}
+  float* const strips;      // [kColumns][chunk], shared
+  float* const sums;        // [rows][chunk]
+  size_t* const at;         // [rows]: how far each row's values have been read
+  uint32_t* const offsets;  // of the kept weights in the strips, and their values: this thread's
+  float* const values;
+};
 
 }  // namespace
 
@@ -89,7 +110,7 @@ void Masked::row(int r, float* out) const {
   int c = 0;
 #if defined(__AVX512F__)
   for (; c + 16 <= cols; c += 16, ++mask) {
-    _mm512_storeu_ps(out + c, _mm512_maskz_expand_ps(*mask, Lanes::load(value).v));
+    _mm512_storeu_ps(out + c, spread(*mask, Lanes::load(value).v));
     value += std::popcount(*mask);
   }
 #endif
@@ -110,74 +131,84 @@ void Masked::single(const float* x, int r, float* y) const {
     value[k] = reinterpret_cast<const Half*>(values_.data()) + start_[r + k];
     sum[k] = _mm512_setzero_ps();
   }
-  const auto word = [&](__m512 input, int w) {
+  for (int w = 0; w < words_; ++w) {
+    const int left = cols - 16 * w;
+    const __m512 input = _mm512_maskz_loadu_ps(left >= 16 ? __mmask16{0xffff} : Lanes::mask(left), x + 16 * w);
+#pragma GCC unroll 4
     for (int k = 0; k < R; ++k) {
-      const uint32_t kept = mask[k][w];
-      sum[k] = _mm512_fmadd_ps(_mm512_maskz_expand_ps(kept, Lanes::load(value[k]).v), input, sum[k]);
-      value[k] += __builtin_popcount(kept);
+      const uint16_t kept = mask[k][w];
+      sum[k] = _mm512_fmadd_ps(spread(kept, Lanes::load(value[k]).v), input, sum[k]);
+      value[k] += std::popcount(uint32_t{kept});
     }
-  };
-  const int whole = cols / 16;
-  for (int w = 0; w < whole; ++w) word(_mm512_loadu_ps(x + 16 * w), w);
-  if (whole < words_) word(Lanes::load(x + 16 * whole, cols - 16 * whole).v, whole);
+  }
   for (int k = 0; k < R; ++k) y[r + k] = Lanes{sum[k]}.sum();
 #else
   (void)x, (void)r, (void)y;
 #endif
 }
 
-// The kept columns of a row and their values, for the product that skips the zeros.
-int Masked::unpack(int r, uint32_t* columns, float* values) const {
-  const uint16_t* mask = reinterpret_cast<const uint16_t*>(masks_.data()) + static_cast<size_t>(r) * words_;
-  const Half* value = reinterpret_cast<const Half*>(values_.data()) + start_[r];
-  const int kept = static_cast<int>(start_[r + 1] - start_[r]);
+// The kept ones of `words` words: their columns, counted from the first, times `scale`, and their values.
+int Masked::unpack(const uint16_t* mask, int words, const Half* value, uint32_t scale, uint32_t* offsets, float* values) {
+  uint32_t* offset = offsets;
 #if defined(__AVX512F__)
-  __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int w = 0; w < words_; ++w) {
-    _mm512_storeu_si512(columns, _mm512_maskz_compress_epi32(mask[w], column));
-    columns += std::popcount(mask[w]);
-    column = _mm512_add_epi32(column, _mm512_set1_epi32(16));
+  const __m512i step = _mm512_set1_epi32(static_cast<int>(16 * scale));
+  __m512i column = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                      _mm512_set1_epi32(static_cast<int>(scale)));
+  for (int w = 0; w < words; ++w) {
+    _mm512_storeu_si512(offset, _mm512_maskz_compress_epi32(mask[w], column));
+    offset += std::popcount(mask[w]);
+    column = _mm512_add_epi32(column, step);
   }
 #else
-  for (int w = 0; w < words_; ++w)
-    for (uint32_t left = mask[w]; left != 0; left &= left - 1) *columns++ = 16 * w + std::countr_zero(left);
+  for (int w = 0; w < words; ++w)
+    for (uint32_t left = mask[w]; left != 0; left &= left - 1) *offset++ = scale * (16 * w + std::countr_zero(left));
 #endif
+  const int kept = static_cast<int>(offset - offsets);
   for (int k = 0; k < kept; k += Lanes::kWidth) Lanes::load(value + k).store(values + k);
   return kept;
 }
 
-// Inputs transposed into strips; each row is unpacked into a list once and meets the strips in turn.
+// Many inputs: transposed into strips, a block of columns at a time; each row's part of the block is unpacked into a list
+// once and meets all strips, so that zeros cost nothing. The sums of all rows wait between blocks.
 void Masked::kept_only(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
-  const size_t list = static_cast<size_t>(cols) + Lanes::kWidth;
-  const int chunk = chunk_of(m, cols);
-  float* transposed = reinterpret_cast<float*>(scratch);
-  std::byte* own = scratch + aligned(static_cast<size_t>(cols) * chunk * sizeof(float)) + team.rank * aligned(list * 8);
-  uint32_t* columns = reinterpret_cast<uint32_t*>(own);
-  float* values = reinterpret_cast<float*>(own) + list;
+  const Scratch room(rows, m, team.rank, scratch);
   const auto [first, last] = team.share(rows);
-  for (int i = 0; i < m; i += chunk) {
-    const int inputs = std::min(chunk, m - i), ld = padded_inputs(inputs);
-    transpose(x + static_cast<size_t>(i) * ldx, ldx, inputs, cols, transposed, team);
-    team.sync();
-    for (int r = first; r < last; ++r) {
-      const int kept = unpack(r, columns, values);
-      for (int k = 0; k < kept; ++k) columns[k] *= ld;
-      strips_of_row(ld / Lanes::kWidth, columns, values, kept, transposed, y + static_cast<size_t>(i) * ldy + r, ldy, inputs);
+  for (int i = 0; i < m; i += chunk_of(m)) {
+    const int inputs = std::min(chunk_of(m), m - i), ld = padded_inputs(inputs);
+    for (int c = 0; c < cols; c += kColumns) {
+      const int count = std::min(kColumns, cols - c);
+      transpose(x + static_cast<size_t>(i) * ldx + c, ldx, inputs, count, room.strips, team);
+      team.sync();
+      for (int r = first; r < last; ++r) {
+        const uint16_t* mask = reinterpret_cast<const uint16_t*>(masks_.data()) + static_cast<size_t>(r) * words_ + c / 16;
+        size_t& at = room.at[r];
+        if (c == 0) at = start_[r];
+        const Half* value = reinterpret_cast<const Half*>(values_.data()) + at;
+        const int kept = unpack(mask, (count + 15) / 16, value, ld, room.offsets, room.values);
+        strips_of_row(ld / Lanes::kWidth, room.offsets, room.values, kept, room.strips, room.sums + static_cast<size_t>(r) * ld, c > 0);
+        at += kept;
+      }
+      team.sync();
     }
-    team.sync();
+    for (int k = 0; k < inputs; ++k)
+      for (int r = first; r < last; ++r) y[static_cast<size_t>(i + k) * ldy + r] = room.sums[static_cast<size_t>(r) * ld + k];
   }
+  team.sync();
 }
 
 size_t Masked::scratch(int m) const {
   const int threads = Pool::get().size();
-  const size_t strips = aligned(static_cast<size_t>(cols) * chunk_of(m, cols) * sizeof(float));
-  const size_t lists = threads * aligned((static_cast<size_t>(cols) + Lanes::kWidth) * 8);
-  return std::max(strips + lists, by_rows_scratch(cols, threads));
+  return std::max(Scratch::bytes(rows, m, threads), by_rows_scratch(cols, threads));
+}
+
+// Where skipping zeros beats multiplying them, as measured: the more inputs share an unpacked list, the sooner.
+bool Masked::skips(int m) const {
+  const double share = static_cast<double>(start_.back()) / (static_cast<double>(rows) * cols);
+  return m >= 16 ? share < 0.4 : m >= 6 && share < 0.2;
 }
 
 void Masked::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
-  const bool few_kept = start_.back() * 2 < static_cast<size_t>(rows) * cols;
-  if (m >= kManyInputs && few_kept) return kept_only(x, ldx, m, y, ldy, scratch, team);
+  if (skips(m)) return kept_only(x, ldx, m, y, ldy, scratch, team);
 #if defined(__AVX512F__)
   if (m == 1) {
     const auto [first, last] = team.share(rows);

@@ -27,7 +27,8 @@ class Masked final : public Weight {
  private:
   template <int R>
   void single(const float* x, int r, float* y) const;
-  int unpack(int r, uint32_t* columns, float* values) const;
+  static int unpack(const uint16_t* mask, int words, const Half* value, uint32_t scale, uint32_t* offsets, float* values);
+  bool skips(int m) const;
   void kept_only(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const;
 
   const int words_;            // of sixteen columns

@@ -4,13 +4,14 @@
 #include <bit>
 #include <cstring>
 
-#include "linear/by_rows.h"
+#include "linear/panels.h"
 
 namespace trimtab {
 namespace {
 
-constexpr int kPanel = Lanes::kWidth;
-constexpr int kMostInputs = 4;  // more are served by unpacking rows: a permutation an input and slot costs as much as a zero
+constexpr int kMostInputs = 4;   // more are served by unpacking: a permutation an input and slot costs as much as a zero
+constexpr int kTileCols = 512;  // a tile of sixteen rows fills two thirds of the first cache
+constexpr size_t kTileFloats = (kTileCols + 16) * kPanel;
 
 size_t panels_of(int rows) { return (rows + kPanel - 1) / kPanel; }
 
@@ -56,6 +57,44 @@ void NM::row(int r, float* out) const {
     const int c = s / kept_ * group_ + place;
     if (c < cols) out[c] += to_float(value[static_cast<size_t>(s) * kPanel]);
   }
+}
+
+// Columns [c, c + count) of panel p, dense: tile [count][16]. Both ends are whole words of places.
+void NM::unpack(int p, int c, int count, float* tile) const {
+  const size_t first = static_cast<size_t>(c) / group_ * kept_;
+  const Half* value = reinterpret_cast<const Half*>(values_.data()) + (static_cast<size_t>(p) * slots_ + first) * kPanel;
+  const uint32_t* word = reinterpret_cast<const uint32_t*>(places_.data()) + (static_cast<size_t>(p) * words_ + first / each_) * kPanel;
+  std::memset(tile, 0, static_cast<size_t>((count + group_ - 1) / group_) * group_ * kPanel * sizeof(float));
+  const int slots = static_cast<int>(std::min<size_t>((count + group_ - 1) / group_ * kept_, slots_ - first));
+  for (int s = 0; s < slots; s += each_, word += kPanel)
+    for (int k = 0, end = std::min(each_, slots - s); k < end; ++k, value += kPanel) {
+      float* group = tile + static_cast<size_t>((s + k) / kept_) * group_ * kPanel;
+#if defined(__AVX512F__)
+      // Each place of the group takes the value where it is the lane's own: no store waits for a computed address.
+      const __m512i place = _mm512_and_si512(_mm512_srlv_epi32(_mm512_loadu_si512(word), _mm512_set1_epi32(k * width_)),
+                                             _mm512_set1_epi32(group_ - 1));
+      const __m512 weight = Lanes::load(value).v;
+      for (int j = 0; j < group_; ++j)
+        _mm512_mask_storeu_ps(group + j * kPanel, _mm512_cmpeq_epi32_mask(place, _mm512_set1_epi32(j)), weight);
+#else
+      for (int lane = 0; lane < kPanel; ++lane)
+        if (value[lane] != 0) group[(word[lane] >> (k * width_) & (group_ - 1)) * kPanel + lane] = to_float(value[lane]);
+#endif
+    }
+}
+
+// Many inputs: a panel becomes dense piece by piece in the first cache, and meets all inputs there.
+void NM::unpacked(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
+  float* tile = reinterpret_cast<float*>(scratch) + team.rank * kTileFloats;
+  const int piece = kTileCols / (each_ / kept_ * group_) * (each_ / kept_ * group_);
+  const auto [first, last] = team.share(static_cast<int>(panels_of(rows)));
+  for (int p = first; p < last; ++p)
+    for (int c = 0; c < cols; c += piece) {
+      const int count = std::min(piece, cols - c);
+      unpack(p, c, count, tile);
+      panel_dots(tile, count, x + c, ldx, m, y + p * kPanel, ldy, std::min(kPanel, rows - p * kPanel), c > 0);
+    }
+  team.sync();
 }
 
 #if defined(__AVX512F__)
@@ -111,7 +150,7 @@ void NM::inputs(int m, const float* x, size_t ldx, float* y, int ldy, const Team
 #endif
 
 size_t NM::scratch(int m) const {
-  return std::max(std::min(m, kMostInputs) * padded(cols) * sizeof(float), by_rows_scratch(cols, Pool::get().size()));
+  return std::max(std::min(m, kMostInputs) * padded(cols) * sizeof(float), Pool::get().size() * kTileFloats * sizeof(float));
 }
 
 void NM::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
@@ -127,7 +166,7 @@ void NM::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scr
     return team.sync();
   }
 #endif
-  apply_by_rows(*this, x, ldx, m, y, ldy, scratch, team);
+  unpacked(x, ldx, m, y, ldy, scratch, team);
 }
 
 }  // namespace trimtab
