@@ -7,8 +7,9 @@
    folded into the convolutions on both sides. All convolutions but the first and the depthwise ones are pruned by
    magnitude, row by row; the dense baseline is torch's own convolution (oneDNN), in the faster of its two layouts.
 
-Every ratio is dense seconds / sparse seconds, the least of several turns that take turns, with as many threads on both
-sides; what is read from memory and multiplied is compared with limits that are measured in the same run. That the sparse
+Every ratio is dense seconds / sparse seconds, both the least of several turns taken in turn, in seconds of the processor
+on one thread, which a busy machine changes less than those on the wall; what is read from memory is compared with the
+limit that is measured in the same run. That the sparse
 outputs equal the dense ones with the same zeros is checked, or there is no ratio. A markdown table is printed, a JSON line
 appended to records/benchmarks/sparse.jsonl, and docs/sparse-speed.md written from it.
 
@@ -24,6 +25,7 @@ import copy
 import datetime
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trimtab.core.level import NM, Level, Sparse, parse_level, rows_cols
 from trimtab.formats.packed import Packed, pack_nm, pack_sparse
@@ -47,14 +51,14 @@ AGREE = 1e-3  # of the largest output; bf16 is not compared
 
 
 def least(works: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """The least seconds on the wall of each piece of work, all of them once a turn, after one turn to warm up."""
+    """The least seconds of the processor that each piece of work takes, all of them once a turn, after one to warm up."""
     found = dict.fromkeys(works, float("inf"))
     for turn in range(turns + 1):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             work()
             if turn:
-                found[name] = min(found[name], time.perf_counter() - start)
+                found[name] = min(found[name], time.thread_time() - start)
     return found
 
 
@@ -218,7 +222,7 @@ def tables(row: Mapping[str, Any]) -> str:
     """The record as markdown."""
     reads, peak = row["limits"]["read_gb_s"], row["limits"]["fp32_gflop_s"]
     lines = [
-        f"Measured on {row['machine']['cpu']}, {row['threads']} threads, the `{row['variant']}` kernels, "
+        f"Measured on {row['machine']['cpu']}, one thread, the `{row['variant']}` kernels, "
         f"torch {row['versions']['torch']}, {row['date'][:10]}. In the same run the machine read {reads:.0f} GB/s and "
         f"torch's fp32 product of 2048 x 2048 matrices ran at {peak:.0f} GFLOP/s.",
         "",
@@ -270,7 +274,7 @@ def page(row: Mapping[str, Any]) -> str:
     head = """# Speed of sparse weights
 
 From which sparsity on is a sparse weight faster than a dense one, on the kernels that Trimtab brings? Every number below is
-dense seconds divided by sparse seconds, both measured in one run with as many threads: above 1, sparse is faster. This
+dense seconds divided by sparse seconds, both of the processor, on one thread, in one run: above 1, sparse is faster. This
 page is written by `benchmarks/sparse.py` from the last line of `records/benchmarks/sparse.jsonl`.
 
 """
@@ -289,8 +293,8 @@ def measured(small: bool) -> dict[str, Any]:
     module = native()
     if module is None:
         raise SystemExit("no kernels are compiled here, so there is nothing to measure")
-    threads = torch.get_num_threads()
-    module.set_threads(threads)
+    torch.set_num_threads(1)
+    module.set_threads(1)
     load, turns = os.getloadavg()[0], 3 if small else 20
     shapes = ((128, 256),) if small else ((2048, 8192), (8192, 2048))
     nets = [("ResNet-20", resnet20(), 32), ("MobileNet-like", mobile(), 32)]
@@ -299,7 +303,6 @@ def measured(small: bool) -> dict[str, Any]:
     return {
         "benchmark": "sparse",
         "variant": module.__name__.rpartition("._")[2],
-        "threads": threads,
         "limits": limits(3),
         "linear": [row for shape in shapes for row in linear(*shape, turns)],
         "networks": [row for name, net, size in nets for row in network(name, net, size, batches, turns)],

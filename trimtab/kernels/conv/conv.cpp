@@ -25,11 +25,13 @@ SparseConv::SparseConv(const uint8_t* bits, const Half* values, size_t kept, con
   const int remainders = s.stride_h * s.stride_w, out_w = s.out_width();
   plane_h_ = (s.height + 2 * s.pad_h + s.stride_h - 1) / s.stride_h;
   plane_w_ = (s.width + 2 * s.pad_w + s.stride_w - 1) / s.stride_w;
-  plane_floats_ = static_cast<size_t>(remainders) * plane_h_ * plane_w_;
+  // An odd number of cache lines, or the same pixels of all channels would fall into a few sets of the first cache.
+  plane_floats_ = ((static_cast<size_t>(remainders) * plane_h_ * plane_w_ + 15) / 16 | 1) * 16;
   pixels_ = (s.out_height() - 1) * plane_w_ + out_w;
   blocks_ = (pixels_ + kStrips * kWidth - 1) / (kStrips * kWidth);
   // Unpadded and without a stride the input is its own plane, unless the last strip would read beyond the last image.
-  direct_ = remainders == 1 && s.pad_h == 0 && s.pad_w == 0 && pixels_ % kWidth == 0;
+  direct_ = remainders == 1 && s.pad_h == 0 && s.pad_w == 0 && pixels_ % kWidth == 0 &&
+            plane_floats_ == static_cast<size_t>(s.height) * s.width;
   const int channels = s.in / s.groups, per_group = s.out / s.groups, columns = channels * s.kernel_h * s.kernel_w;
   uint32_t* offset = reinterpret_cast<uint32_t*>(offsets_.data());
   start_.push_back(0);
