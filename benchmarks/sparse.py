@@ -5,7 +5,8 @@
 2. ResNet-20 (the trained one where TRIMTAB_DATA names it, else of random weights) and a MobileNet-like network of
    depthwise and pointwise convolutions at 32 x 32 and 112 x 112 pixels, for 1 and 32 images. Batch normalisation is
    folded into the convolutions on both sides. All convolutions but the first and the depthwise ones are pruned by
-   magnitude, row by row; the dense baseline is torch's own convolution (oneDNN), in the faster of its two layouts.
+   magnitude, row by row; those two kinds keep all weights, and run on the same kernel. The dense baseline is torch's own
+   convolution (oneDNN), in the faster of its two layouts.
 
 Every ratio is dense seconds / sparse seconds, both the least of several turns taken in turn, in seconds of the processor
 on one thread, which a busy machine changes less than those on the wall; what is read from memory is compared with the
@@ -174,11 +175,11 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def replaceable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Conv2d]]:
-    """The convolutions that are pruned: all but the first and the depthwise ones."""
+def convolutions(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Conv2d]]:
+    """Every convolution, its parent and its name there."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d) and child.groups == 1 and child.in_channels > 3:
+            if isinstance(child, nn.Conv2d):
                 yield parent, name, child
 
 
@@ -191,9 +192,10 @@ def network(name: str, model: nn.Module, size: int, batches: tuple[int, ...], tu
     zeroed: dict[str, nn.Module] = {}
     for text in CONV:
         sparse[text], zeroed[text] = copy.deepcopy(dense), copy.deepcopy(dense)
-        pairs = zip(list(replaceable(sparse[text])), list(replaceable(zeroed[text])), strict=True)
+        pairs = zip(list(convolutions(sparse[text])), list(convolutions(zeroed[text])), strict=True)
         for (parent, path, conv), (_, _, same) in pairs:
-            packed = pruned(conv.weight, parse_level(text))
+            whole = conv.groups > 1 or conv.in_channels == 3
+            packed = pruned(conv.weight, parse_level("0%" if whole else text))
             setattr(parent, path, PackedConv2d(packed, conv))
             same.weight.data = packed.dense()
     found = []
@@ -275,7 +277,8 @@ def page(row: Mapping[str, Any]) -> str:
 
 From which sparsity on is a sparse weight faster than a dense one, on the kernels that Trimtab brings? Every number below is
 dense seconds divided by sparse seconds, both of the processor, on one thread, in one run: above 1, sparse is faster. This
-page is written by `benchmarks/sparse.py` from the last line of `records/benchmarks/sparse.jsonl`.
+page is written by `benchmarks/sparse.py` from the last line of `records/benchmarks/sparse.jsonl`. Outputs are
+allocated anew by each call on both sides; the kernels ask for huge pages, torch does not, and large outputs show it.
 
 """
     return head + tables(row)
