@@ -51,7 +51,8 @@ void Pool::start(int threads) {
   barrier_ = std::make_unique<Barrier>(threads);
   const auto cores = allowed_cores();
   for (int rank = 1; rank < threads; ++rank) {
-    workers_.emplace_back([this, rank, seen = call_.load()] { loop(rank, seen); });
+    // A call may come before the thread has begun: what it has seen is settled here, or it would miss that call.
+    workers_.emplace_back([this, rank, seen = call_.load(std::memory_order_acquire)] { loop(rank, seen); });
     if (static_cast<size_t>(threads) <= cores.size()) pin(workers_.back(), cores[rank]);
   }
 }
@@ -87,7 +88,6 @@ void Pool::run(const std::function<void(const Team&)>& work) {
   while (left_.load(std::memory_order_acquire) > 0) std::this_thread::yield();
 }
 
-// `seen` is the calls made before the worker was: it may come to run only after the next one has begun.
 void Pool::loop(int rank, uint64_t seen) {
   while (true) {
     int spins = 0;

@@ -1,0 +1,55 @@
+// The one inner loop of dense products: a tile of outputs kept in registers while the depth passes by.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <utility>
+
+#include "base/lanes.h"
+
+namespace trimtab {
+
+inline constexpr int kPanel = 2 * kLanes;  // outputs that lie side by side in a tile
+#if defined(__AVX512F__)
+inline constexpr int kTile = 12;  // rows of a tile: 24 of 32 registers accumulate
+#else
+inline constexpr int kTile = 6;  // 12 of 16
+#endif
+
+// y[i][j] (+)= sum_k x[i * RowStep + k * DepthStep] * w[k][j] for i < M, j < kPanel. A weight is loaded and widened once for
+// all M rows; the steps are constants so that an address costs nothing.
+template <int M, int RowStep, int DepthStep, typename T>
+inline void tile(const T* w, ptrdiff_t ldw, int depth, const float* x, float* y, ptrdiff_t ldy, bool add) {
+  F32 left[M], right[M];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    left[i] = add ? load(y + i * ldy) : F32{};
+    right[i] = add ? load(y + i * ldy + kLanes) : F32{};
+  }
+  for (int k = 0; k < depth; ++k, w += ldw, x += DepthStep) {
+    const F32 first = load(w), second = load(w + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const F32 factor = splat(x[i * RowStep]);
+      left[i] = fma(factor, first, left[i]);
+      right[i] = fma(factor, second, right[i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    store(y + i * ldy, left[i]);
+    store(y + i * ldy + kLanes, right[i]);
+  }
+}
+
+// The same for a number of rows that is known only when it runs, 1 <= rows <= kTile.
+template <int RowStep, int DepthStep, typename T>
+inline void tile(int rows, const T* w, ptrdiff_t ldw, int depth, const float* x, float* y, ptrdiff_t ldy, bool add) {
+  using Kernel = void (*)(const T*, ptrdiff_t, int, const float*, float*, ptrdiff_t, bool);
+  static constexpr auto kernels = []<size_t... M>(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{&tile<static_cast<int>(M) + 1, RowStep, DepthStep, T>...};
+  }(std::make_index_sequence<kTile>());
+  kernels[rows - 1](w, ldw, depth, x, y, ldy, add);
+}
+
+}  // namespace trimtab
