@@ -24,7 +24,9 @@ MARGIN = 0.02  # of the original's seconds: less than that is no difference
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan costs: a prompt read (`prefill`), a token written (`decode`), and the most bytes held in either."""
+    """What a plan costs: a prompt read (`prefill`), a token of every sequence written (`decode`), and the most bytes
+    held in either.
+    """
 
     prefill: Cost
     decode: Cost
@@ -93,20 +95,25 @@ def forecast(
     batch: int = 1,
     prompt: int = 128,
     context: int | None = None,
+    chunk: int = 256,
     pricer: str = "roofline",
 ) -> Forecast:
-    """What reading prompts and writing tokens costs under a plan.
+    """What reading a prompt and writing a token of each sequence costs under a plan.
 
     Args:
-        prompt: tokens of each prompt.
+        batch: sequences that are written at once; prompts are read one after the other, so this prices one.
+        prompt: tokens of the prompt.
         context: tokens before the one that is written; by default the prompt's.
+        chunk: tokens of a prompt that are taken together.
         pricer: the method that prices.
     """
     chosen = method(pricer)
     assert isinstance(chosen, Pricer)
-    read = work_of(found, levels, dtype, batch=batch, tokens=prompt)
-    write = replace(read, tokens=1, context=prompt if context is None else context)
-    return Forecast(chosen.price(read, device), chosen.price(write, device))
+    one = work_of(found, levels, dtype)
+    reads = [replace(one, tokens=min(chunk, prompt - start), context=start) for start in range(0, prompt, chunk)]
+    write = replace(one, batch=batch, context=prompt if context is None else context)
+    prefill = sum((chosen.price(work, device) for work in reads), Cost(0.0, 0.0, 0.0))
+    return Forecast(prefill, chosen.price(write, device))
 
 
 # ---- for a fit: seconds in the table of choices

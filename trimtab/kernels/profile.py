@@ -1,7 +1,9 @@
 """The profile of this machine: its limits, and how near each operation comes to them; kept in the user's cache folder.
 
 Every figure is the fastest of several short repeats, which other work on the machine disturbs least; how much slower
-the median was is kept beside it. Nothing here runs a whole model: predictions for models stay predictions.
+the median was is kept beside it. With one thread the seconds are those of the processor, which do not count what else
+runs; with more they are those on the wall, since threads that wait for each other are part of the work. Nothing here
+runs a whole model: predictions for models stay predictions.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -107,7 +110,7 @@ def measure(
     levels: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> Device:
-    """Measure this machine: half a minute, or a few seconds where `quick`.
+    """Measure this machine: a minute, or some seconds where `quick`.
 
     Args:
         threads: that everything runs with; by default as many as there are cores.
@@ -116,13 +119,8 @@ def measure(
         progress: told what is being done.
     """
     threads = threads or cores()
-    module = native()
-    before = torch.get_num_threads(), module.threads() if module is not None else 1
     tell = progress or (lambda what, done, total: None)
-    try:
-        torch.set_num_threads(threads)
-        if module is not None:
-            module.set_threads(threads)
+    with threads_set(threads):
         device = limits(quick)
         texts = tuple(levels) if levels is not None else QUICK_LEVELS if quick else LEVELS
         texts = tuple(t for t in dict.fromkeys(("fp32", *texts)) if runs_here(parse_level(t)))
@@ -131,9 +129,21 @@ def measure(
             tell("measuring", i, len(texts) + 1)
             rows += linear(device, parse_level(text), quick)
         tell("measuring", len(texts), len(texts) + 1)
-        rows += [*attention(device, quick), *passes(device, quick), step()]
+        rows += [*attention(device), *passes(device, quick), step(device)]
         tell("measuring", len(texts) + 1, len(texts) + 1)
         return replace(device, kernels=tuple(rows))
+
+
+@contextmanager
+def threads_set(threads: int) -> Iterator[None]:
+    """Kernels and torch use so many threads for a while."""
+    module = native()
+    before = torch.get_num_threads(), module.threads() if module is not None else 1
+    try:
+        torch.set_num_threads(threads)
+        if module is not None:
+            module.set_threads(threads)
+        yield
     finally:
         torch.set_num_threads(before[0])
         if module is not None:
@@ -181,23 +191,24 @@ def limits(quick: bool = False) -> Device:
 
 def _torch_reads(size: int, seconds: float) -> float:
     x = torch.ones(size // 4)
-    return 4 * x.numel() / timed(x.sum, seconds)[0]
+    return 4 * x.numel() / timed(x.sum, seconds, torch.get_num_threads())[0]
 
 
 def _torch_peak(seconds: float) -> float:
     x = torch.ones(1024, 1024)
-    return 2 * 1024**3 / timed(lambda: x @ x, seconds)[0]
+    return 2 * 1024**3 / timed(lambda: x @ x, seconds, torch.get_num_threads())[0]
 
 
-def timed(work: Callable[[], Any], seconds: float, least: int = 3) -> tuple[float, float]:
+def timed(work: Callable[[], Any], seconds: float, threads: int, least: int = 3) -> tuple[float, float]:
     """Fastest and median seconds of a call, repeated for about `seconds`, after one to warm up."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
     work()
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < least or (time.perf_counter() - began < seconds and len(times) < 1000):
-        start = time.perf_counter()
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times), statistics.median(times)
 
 
@@ -218,14 +229,14 @@ def linear(device: Device, level: Level, quick: bool = False) -> list[Kernel]:
             roof = max(size / device.reads(size), operations / peak)
             repeats = int(min(32, max(1, 2e-4 / roof)))
             runs, work = chain(packed, [0] * repeats, m)
-            best, median = timed(work, seconds)
+            best, median = timed(work, seconds, device.threads)
             points[m].append(Point(roof, rows + cols, best / repeats, median / repeats))
     packed = random_packed(level, 1024, 2048)
     size = level.bytes((1024, 2048))
     copies = max(2, 4 * device.caches["l3"] // size)
     for m in [m for m in inputs if m <= FROM_MEMORY]:
         _, work = chain(packed, list(range(copies)), m)
-        best, median = timed(work, 3 * seconds)
+        best, median = timed(work, 3 * seconds, device.threads)
         roof = max(size / device.reads(copies * size), 2.0 * 1024 * 2048 * m / peak)
         far[m] = Point(roof, 1024 + 2048, best / copies, median / copies)
     return [
@@ -234,14 +245,14 @@ def linear(device: Device, level: Level, quick: bool = False) -> list[Kernel]:
     ]
 
 
-def attention(device: Device, quick: bool = False) -> list[Kernel]:
+def attention(device: Device) -> list[Kernel]:
     """How near attention comes to its limits, for several numbers of new tokens."""
     found = []
     for tokens in NEW_TOKENS:
         points, runs = [], ""
-        for heads, kv_heads, size, context in ATTENTIONS[:: 2 if quick else 1]:
+        for heads, kv_heads, size, context in ATTENTIONS:
             runs, work, repeats = heads_chain(heads, kv_heads, size, context, tokens)
-            best, median = timed(work, 0.03)
+            best, median = timed(work, 0.03, device.threads)
             read = 2 * 2 * (context + tokens) * kv_heads * size
             operations = 4.0 * heads * size * (context + (tokens + 1) / 2) * tokens
             roof = max(read / device.reads(read), operations / device.limits["fp32"])
@@ -257,16 +268,16 @@ def passes(device: Device, quick: bool = False) -> list[Kernel]:
         points, runs = [], ""
         for width in WIDTHS:
             runs, work, repeats = pass_chain(width, m)
-            best, median = timed(work, 0.02)
+            best, median = timed(work, 0.02, device.threads)
             points.append(Point(4.0 * width * m / device.reads(device.caches["l2"]), 0, best / repeats, median / repeats))
         found.append(fitted(Kernel("pass", "", m, runs, 0.0, 0.0, 1.0, 1.0), points, None, device, 0))
     return found
 
 
-def step() -> Kernel:
+def step(device: Device) -> Kernel:
     """What a forward costs beside its operations: the call from Python."""
     runs, work = step_chain()
-    best, median = timed(work, 0.05)
+    best, median = timed(work, 0.05, device.threads)
     return Kernel("step", "", 1, runs, best, 0.0, 1.0, 1.0, noise=median / best)
 
 
