@@ -1,4 +1,4 @@
-"""Text written by a model: in a compiled program where its form is known and the program has proved itself, else by torch.
+"""Text written by a model: in a compiled program where its form is known and the program proved itself, else by torch.
 
 Both have one face: `extend` and `step` give the logits of the next token, and `generate` the tokens.
 """
@@ -6,8 +6,10 @@ Both have one face: `extend` and `step` give the logits of the next token, and `
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -109,6 +111,21 @@ class TorchSession:
             self.past[sequence].crop(length)
 
 
+@dataclass
+class Timing:
+    """How long a text took.
+
+    Fields:
+        prompt, tokens: how many of either.
+        prefill, decode: seconds for the prompt up to the first token, and for those after it.
+    """
+
+    prompt: int = 0
+    tokens: int = 0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
 def generate(
     writer: Writer,
     tokens: Sequence[int],
@@ -117,6 +134,7 @@ def generate(
     stop: frozenset[int] = frozenset(),
     temperature: float = 0.0,
     seed: int = 0,
+    timing: Timing | None = None,
 ) -> Iterator[int]:
     """Tokens one after the other, greedy at temperature 0.
 
@@ -124,20 +142,29 @@ def generate(
         tokens: the prompt.
         limit: at most so many new tokens.
         stop: tokens that end the text.
+        timing: is kept up to date.
     """
     rng = torch.Generator().manual_seed(seed)
+    timing = timing or Timing()
+    timing.prompt = len(tokens)
+    start = time.perf_counter()
     writer.forget(0)
     logits = writer.extend(0, tokens)
-    for i in range(limit):
+    while True:
         if temperature > 0:
             token = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=rng))
         else:
             token = int(logits.argmax())
+        spent = time.perf_counter() - start
+        timing.prefill, timing.decode = (timing.prefill, timing.decode + spent) if timing.tokens else (spent, 0.0)
+        timing.tokens += 1
         if token in stop:
             return
         yield token
-        if i + 1 < limit:
-            logits = writer.step({0: token})[0]
+        if timing.tokens >= limit:
+            return
+        start = time.perf_counter()
+        logits = writer.step({0: token})[0]
 
 
 # ---- opening one

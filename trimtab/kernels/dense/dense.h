@@ -24,32 +24,28 @@ class DenseWeight final : public Weight {
 
   size_t nbytes() const override { return size_t(rows) * cols * sizeof(T); }
 
-  size_t scratch(int m) const override { return m == 1 ? 0 : size_t(tiles(m)) * kTile * cols * sizeof(float); }
+  size_t scratch(int m) const override { return m == 1 ? 0 : size_t(m) * cols * sizeof(float); }
 
   void apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const override {
-    const auto [first, last] = team.share(panels_);
-    if (m == 1) {
-      for (int p = first; p < last; ++p)
-        finish(p, 1, y, ldy, false, [&](float* to, int ld) {
-          tile<1, 1, 1>(panel(p), kPanel, cols, x, to, ld, false);
-        });
+    if (m > 1) {
+      pack(x, ldx, m, reinterpret_cast<float*>(scratch), team);
       team.sync();
-      return;
+      x = reinterpret_cast<float*>(scratch);
     }
-    float* packed = reinterpret_cast<float*>(scratch);
-    pack(x, ldx, m, packed, team);
-    team.sync();
-    // A block of the panel and of a tile of inputs fit into the nearest cache; the panel's stays there for all tiles.
-    for (int depth = 0; depth < cols; depth += kDepth) {
-      const int length = std::min(kDepth, cols - depth);
-      for (int p = first; p < last; ++p)
-        for (int t = 0; t < tiles(m); ++t) {
-          const int rows = std::min(kTile, m - t * kTile);
-          const float* inputs = packed + (size_t(t) * cols + depth) * kTile;
-          finish(p, rows, y + size_t(t) * kTile * ldy, ldy, depth > 0, [&](float* to, int ld) {
-            tile<1, kTile>(rows, panel(p) + size_t(depth) * kPanel, kPanel, length, inputs, to, ld, depth > 0);
-          });
+    // The inputs of a block of the depth fit into the nearest cache, and for many inputs the panel's weights too.
+    const int step = m > kTile ? kDepth : std::max(kDepth, 8192 / m);
+    const auto [first, last] = team.share(panels_);
+    for (int depth = 0; depth < cols; depth += step) {
+      const int length = std::min(step, cols - depth);
+      for (int p = first; p < last;) {
+        const int panels = m <= kWide && p + 1 < last ? 2 : 1;
+        for (int i = 0; i < m; i += kTile) {
+          const int inputs = std::min(kTile, m - i);
+          const float* from = x + size_t(i) * cols + size_t(depth) * inputs;
+          product(p, panels, depth, length, inputs, from, y + size_t(i) * ldy, ldy);
         }
+        p += panels;
+      }
     }
     team.sync();
   }
@@ -61,32 +57,44 @@ class DenseWeight final : public Weight {
 
  private:
   static constexpr int kDepth = 512;
-
-  static int tiles(int m) { return (m + kTile - 1) / kTile; }
+  static constexpr int kWide = kTile / 2;  // up to so many inputs, two panels are taken at once
 
   T* panel(int p) const { return reinterpret_cast<T*>(data_.data()) + size_t(p) * kPanel * cols; }
 
   // Inputs as the tiles read them, [tile][col][input of the tile].
   void pack(const float* x, int ldx, int m, float* packed, const Team& team) const {
     const auto [first, last] = team.share(cols);
-    for (int t = 0; t < tiles(m); ++t)
-      for (int i = 0; i < std::min(kTile, m - t * kTile); ++i) {
-        const float* from = x + (size_t(t) * kTile + i) * ldx;
-        float* to = packed + size_t(t) * kTile * cols + i;
-        for (int c = first; c < last; ++c) to[size_t(c) * kTile] = from[c];
-      }
+    for (int i = 0; i < m; ++i) {
+      const int tile = i / kTile * kTile, inputs = std::min(kTile, m - tile);
+      float* to = packed + size_t(tile) * cols + i % kTile;
+      for (int c = first; c < last; ++c) to[size_t(c) * inputs] = x[size_t(i) * ldx + c];
+    }
   }
 
-  // Run a kernel on outputs of panel p; where the panel is the last and cut short, by way of a whole one.
-  template <typename Kernel>
-  void finish(int p, int inputs, float* y, int ldy, bool add, const Kernel& kernel) const {
-    const int used = std::min(kPanel, rows - p * kPanel);
-    if (used == kPanel) return kernel(y + p * kPanel, ldy);
+  // A block of the depth, for the outputs of one panel or two; of the last one, cut short, by way of a whole one.
+  void product(int p, int panels, int depth, int length, int inputs, const float* x, float* y, int ldy) const {
+    const T* w = panel(p) + size_t(depth) * kPanel;
+    const int used = std::min(panels * kPanel, rows - p * kPanel);
+    float* out = y + p * kPanel;
+    if (used == panels * kPanel) return kernels(panels)[inputs - 1](w, kPanel, size_t(kPanel) * cols, length, x, out, ldy, depth > 0);
     alignas(64) float whole[kTile * kPanel];
-    if (add)
-      for (int i = 0; i < inputs; ++i) std::copy_n(y + size_t(i) * ldy + p * kPanel, used, whole + i * kPanel);
-    kernel(whole, kPanel);
-    for (int i = 0; i < inputs; ++i) std::copy_n(whole + i * kPanel, used, y + size_t(i) * ldy + p * kPanel);
+    const int ld = panels * kPanel;
+    if (depth > 0)
+      for (int i = 0; i < inputs; ++i) std::copy_n(out + size_t(i) * ldy, used, whole + i * ld);
+    kernels(panels)[inputs - 1](w, kPanel, size_t(kPanel) * cols, length, x, whole, ld, depth > 0);
+    for (int i = 0; i < inputs; ++i) std::copy_n(whole + i * ld, used, out + size_t(i) * ldy);
+  }
+
+  using Kernel = void (*)(const T*, ptrdiff_t, ptrdiff_t, int, const float*, float*, ptrdiff_t, bool);
+
+  static const Kernel* kernels(int panels) {
+    static constexpr auto single = []<size_t... M>(std::index_sequence<M...>) {
+      return std::array<Kernel, sizeof...(M)>{&tile<int(M) + 1, 1, 1, int(M) + 1, T>...};
+    }(std::make_index_sequence<kTile>());
+    static constexpr auto pairs = []<size_t... M>(std::index_sequence<M...>) {
+      return std::array<Kernel, sizeof...(M)>{&tile<int(M) + 1, 2, 1, int(M) + 1, T>...};
+    }(std::make_index_sequence<kWide>());
+    return panels == 2 ? pairs.data() : single.data();
   }
 
   const int panels_;

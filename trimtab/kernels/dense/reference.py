@@ -1,6 +1,6 @@
 """A product with a weight that is not packed.
 
-`y[i, r] = sum_c W[r, c] x[i, c]`, with `W [out, in]` as it is stored widened to fp32, `x [m, in]` and `y [m, out]` in fp32.
+`y[i, r] = sum_c W[r, c] x[i, c]`, with `W [out, in]` as stored, `x [m, in]` and `y [m, out]`, all widened to fp32.
 """
 
 from __future__ import annotations
