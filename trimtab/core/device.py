@@ -70,6 +70,7 @@ class Work:
         batch: sequences.
         tokens: new tokens of each sequence: the prompt's length, or 1 where text is being written.
         context: tokens of each sequence that are in the cache already.
+        room: tokens that the run loop's buffers have room for, where those are more: a chunk of a prompt.
         idle_bytes: weights that no forward reads as a whole, such as an embedding's.
         around: where the work is only a part of a model's forward: bytes that the rest of it reads. They push the
             part's weights out of the caches, and are not priced. None: the work is a whole forward.
@@ -81,6 +82,7 @@ class Work:
     batch: int = 1
     tokens: int = 1
     context: int = 0
+    room: int = 0
     idle_bytes: int = 0
     around: int | None = None
 
@@ -97,18 +99,25 @@ class Work:
 
     @property
     def held_bytes(self) -> int:
-        """Most bytes held at once: weights, cache, and the activations of a layer in fp32."""
-        widest = max((p.rows + p.cols for p in self.products if not p.last), default=0)
-        heads = sum(p.rows for p in self.products if p.last)
-        states = 4 * self.batch * (self.tokens * 3 * widest + heads)
-        return self.weight_bytes + self.idle_bytes + self.cache_bytes + states
+        """Most bytes held at once: weights, the cache with room to the next 64 tokens, and in fp32 the residual three
+        times over, the widest layer's inputs twice and outputs once, and the logits of 16 tokens or of each sequence.
+        """
+        inner = [p for p in self.products if not p.last]
+        width = inner[0].cols if inner else 0
+        wide, deep = max((p.rows for p in inner), default=0), max((p.cols for p in inner), default=0)
+        mixed = max((a.heads * a.size for a in self.attentions), default=0)
+        states = 4 * max(self.room, self.batch * self.tokens) * (3 * width + mixed + wide + deep)
+        logits = 4 * max(16, self.batch) * sum(p.rows + p.cols for p in self.products if p.last)
+        whole = -(-(self.context + self.tokens) // 64) * 64
+        cache = self.batch * whole * sum(2 * CACHE_BYTES * a.kv_heads * a.size for a in self.attentions)
+        return self.weight_bytes + self.idle_bytes + cache + states + logits
 
 
 @dataclass(frozen=True)
 class Kernel:
     """How near one operation comes to what limits it, fitted to its measured seconds over several shapes:
 
-        seconds = fixed + edge * (rows + cols) + max(bytes / bandwidth, operations / peak) / share
+        seconds = fixed + edge * (rows + cols) + max(bytes / bandwidth, operations / peak) / share + start * rows
 
     Fields:
         op: `linear`, `attention` or `pass`.
@@ -117,6 +126,8 @@ class Kernel:
         runs: the variant that runs it, or `torch`.
         fixed: seconds of a call. edge: seconds for each row and column: inputs prepared, outputs written.
         near, far: the share reached with the weight in the caches, and from memory.
+        start: seconds for each row where the weight comes from memory: a run of addresses that the prefetcher has yet
+            to see.
         low, high: measured to fitted seconds of the best and of the worst shape.
         noise: median to fastest seconds while it was measured: how much else the machine was doing.
     """
@@ -129,6 +140,7 @@ class Kernel:
     edge: float
     near: float
     far: float
+    start: float = 0.0
     low: float = 1.0
     high: float = 1.0
     noise: float = 1.0
@@ -144,6 +156,7 @@ class Device:
         variant: of the compiled kernels, or `torch`.
         caches: bytes by name: `l1` and `l2` of a core, `l3` of all.
         bandwidth: (bytes of the set, bytes a second that all threads read of it), from the first cache to memory.
+        spill: (bytes of the set, share of it that comes from memory when a kernel reads it again and again).
         limits: what else was measured: `copy` bytes a second; `int8`, `fp32`, `bf16` operations a second; `barrier`
             and `call` in seconds.
         kernels: how near each operation comes to these limits.
@@ -157,6 +170,7 @@ class Device:
     variant: str
     caches: Mapping[str, int]
     bandwidth: tuple[tuple[int, float], ...]
+    spill: tuple[tuple[int, float], ...]
     limits: Mapping[str, float]
     kernels: tuple[Kernel, ...] = ()
     date: str = ""
@@ -181,12 +195,14 @@ class Device:
         return points[-1][1]
 
     def missing(self, set_bytes: float) -> float:
-        """The share of a set of this size that comes from memory when it is read again and again."""
-        kept = 1 / self.reads(self.caches["l3"] / 2)
-        all_missing = 1 / self.from_memory
-        if all_missing <= kept:
-            return float(set_bytes > self.caches["l3"])
-        return min(1.0, max(0.0, (1 / self.reads(set_bytes) - kept) / (all_missing - kept)))
+        """The share of a set of this size that comes from memory when kernels read it again and again."""
+        points = self.spill
+        if set_bytes <= points[0][0]:
+            return points[0][1]
+        for (small, less), (large, more) in zip(points, points[1:], strict=False):
+            if set_bytes <= large:
+                return less + (more - less) * (set_bytes - small) / (large - small)
+        return points[-1][1]
 
     def peak(self, level: Level) -> float:
         """Operations a second in registers of the arithmetic that a level's kernel uses."""
@@ -207,7 +223,8 @@ class Device:
         Raises:
             UserError: the text is damaged, or of another format.
 
-        >>> one = Device("a", 2, 8, 2, "torch", {"l3": 1 << 25}, ((1 << 20, 2e11), (1 << 28, 4e10)), {"fp32": 1e11})
+        >>> speeds, spill = ((1 << 20, 2e11), (1 << 28, 4e10)), ((1 << 24, 0.0), (1 << 26, 1.0))
+        >>> one = Device("a", 2, 8, 2, "torch", {"l3": 1 << 25}, speeds, spill, {"fp32": 1e11})
         >>> Device.from_json(one.to_json()) == one
         True
         """
@@ -215,9 +232,9 @@ class Device:
             data: dict[str, Any] = json.loads(text)
             assert data.pop("format") == FORMAT
             kernels = tuple(Kernel(**k) for k in data.pop("kernels"))
-            bandwidth = tuple((int(size), float(rate)) for size, rate in data.pop("bandwidth"))
-            device = Device(**data, bandwidth=bandwidth, kernels=kernels)
-            assert bandwidth and all(rate > 0 for _, rate in bandwidth) and device.limits["fp32"] > 0
+            bandwidth, spill = (tuple((int(n), float(x)) for n, x in data.pop(k)) for k in ("bandwidth", "spill"))
+            device = Device(**data, bandwidth=bandwidth, spill=spill, kernels=kernels)
+            assert spill and bandwidth and all(rate > 0 for _, rate in bandwidth) and device.limits["fp32"] > 0
             assert device.caches["l3"] > 0 and all(k.m > 0 and k.near > 0 and k.far > 0 for k in kernels)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError("the device's profile is damaged or of another format; measure again with `trimtab bench`") from error

@@ -109,7 +109,7 @@ def forecast(
     """
     chosen = method(pricer)
     assert isinstance(chosen, Pricer)
-    one = work_of(found, levels, dtype)
+    one = replace(work_of(found, levels, dtype), room=chunk)
     reads = [replace(one, tokens=min(chunk, prompt - start), context=start) for start in range(0, prompt, chunk)]
     write = replace(one, batch=batch, context=prompt if context is None else context)
     prefill = sum((chosen.price(work, device) for work in reads), Cost(0.0, 0.0, 0.0))

@@ -17,10 +17,11 @@ class Roofline(Pricer):
 
         seconds(op) = fixed + edge (rows + cols) + max(bytes / bandwidth, operations / peak) / share(m)
 
-    `bandwidth` is that of a set as large as all that the forward reads, so that a model which stays in the caches is
-    priced with theirs. `share` lies between the share reached in the caches and the share reached from memory, by what
-    part of the set comes from there. Between two measured m the seconds run straight; beyond the largest they grow with
-    m. A level that the profile has not is unpacked to fp32, and priced so. low and high add up the best and the worst shapes' errors of the fit. Bytes are weights, cache and activations.
+    There are two roofs, that of the caches and that of memory, each with the share reached below it; an operation lies
+    between them by what part of all that the forward reads is no longer in the caches when it is read again. Between two
+    measured m the seconds run straight; beyond the largest they grow with m. A level that the profile has not is
+    unpacked to fp32, and priced so. low and high add up the best and the worst shapes' errors of the fit. Bytes are
+    weights, cache and activations.
 
     Fields:
         overhead: factor on the fixed seconds of every operation, for run loops that pay more for a call than the
@@ -42,7 +43,7 @@ class Roofline(Pricer):
     >>> from trimtab.core.level import Dense
     >>> row = Kernel("linear", "bf16", 1, "vnni", fixed=1e-6, edge=0.0, near=0.5, far=0.5)
     >>> flat = ((1 << 20, 4e10), (1 << 28, 4e10))
-    >>> device = Device("a", 2, 1 << 33, 2, "vnni", {"l3": 1 << 25}, flat, {"fp32": 1e12}, (row,))
+    >>> device = Device("a", 2, 1 << 33, 2, "vnni", {"l3": 1 << 25}, flat, ((1 << 24, 0.0),), {"fp32": 1e12}, (row,))
     >>> 1e6 * Roofline().price(Work((Product(Dense("bf16"), 1000, 1000),)), device).mid
     101.0
     """
@@ -79,37 +80,39 @@ class Roofline(Pricer):
 
         def at(kernel: Kernel) -> float:
             operations = float(kernel.m * product.level.flops((product.rows, product.cols)))
-            roof = max(product.bytes / device.reads(held), operations / peak)
-            return self._seconds(kernel, product.rows + product.cols, roof, device.missing(held))
+            edges = product.rows + product.cols
+            return self._seconds(kernel, edges, product.rows, product.bytes, operations / peak, held, device)
 
         return _between(rows, m, at)
 
     def _attention(self, heads: Heads, work: Work, held: int, device: Device) -> Cost:
-        rows = device.kernel("attention")
         # each new token reads the keys and values before it and, on average, half of those that are new
         seen = work.context + (work.tokens + 1) / 2
         reads = work.batch * (work.context + work.tokens) * 2 * heads.kv_heads * heads.size * CACHE_BYTES
-        width = heads.heads * heads.size
+        width, new = heads.heads * heads.size, work.batch * work.tokens
+        arithmetic = 4.0 * width * seen * new / device.limits["fp32"]
 
         def at(kernel: Kernel) -> float:
-            operations = 4.0 * width * seen * work.batch * work.tokens
-            roof = max(reads / device.reads(held), operations / device.limits["fp32"])
-            return self._seconds(kernel, width * work.batch * work.tokens, roof, device.missing(held))
+            return self._seconds(kernel, width * new, 0, reads, arithmetic, held, device)
 
-        return _between(rows, work.tokens, at, grows=False)
+        return _between(device.kernel("attention"), work.tokens, at, grows=False)
 
     def _pass(self, width: int, m: int, device: Device) -> Cost:
-        rows = device.kernel("pass")
-
         def at(kernel: Kernel) -> float:
-            roof = 4.0 * width * kernel.m / device.reads(device.caches["l2"])
-            return self._seconds(kernel, 0, roof, 0.0)
+            return self._seconds(kernel, 0, 0, 4.0 * width * kernel.m, 0.0, device.caches["l2"], device)
 
-        return _between(rows, m, at)
+        return _between(device.kernel("pass"), m, at)
 
-    def _seconds(self, kernel: Kernel, edges: float, roof: float, missing: float) -> float:
-        slowness = (1 - missing) / kernel.near + missing / kernel.far
-        return self.overhead * kernel.fixed + kernel.edge * edges + roof * slowness
+    def _seconds(
+        self, kernel: Kernel, edges: float, rows: float, reads: float, arithmetic: float, held: float, device: Device
+    ) -> float:
+        """Of an operation that reads so many bytes of a set of `held`, and computes for `arithmetic` seconds at the
+        peak.
+        """
+        missing = device.missing(held)
+        near = max(reads / device.reads(min(held, device.caches["l3"] / 2)), arithmetic) / kernel.near
+        far = max(reads / device.from_memory, arithmetic) / kernel.far + kernel.start * rows
+        return self.overhead * kernel.fixed + kernel.edge * edges + (1 - missing) * near + missing * far
 
 
 def _between(rows: tuple[Kernel, ...], m: int, at: object, grows: bool = True) -> Cost:

@@ -111,25 +111,27 @@ def chain(packed: Packed, order: Sequence[int], m: int) -> tuple[str, Work]:
     return runs, _started(program, x, cols, m)
 
 
-def heads_chain(heads: int, kv_heads: int, size: int, context: int, tokens: int) -> tuple[str, Work, int]:
-    """What runs attention of `tokens` new tokens over `context` older ones, the call, and how often it attends in it."""
-    module, repeats = native(), 8
+def heads_chain(heads: int, kv_heads: int, size: int, context: int, tokens: int, batch: int, layers: int) -> tuple[str, Work]:
+    """What runs attention of `tokens` new tokens over `context` older ones for each of `batch` sequences, in `layers`
+    layers with caches of their own; and the call.
+    """
+    module = native()
     if module is None or not hasattr(module, "Program"):
-        q, k, v = (torch.randn(1, h, n, size) for h, n in ((heads, tokens), *[(kv_heads, context + tokens)] * 2))
+        shapes = ((heads, tokens), *[(kv_heads, context + tokens)] * 2)
+        held = [[torch.randn(batch, h, n, size) for h, n in shapes] for _ in range(layers)]
         attend = torch.nn.functional.scaled_dot_product_attention
-        return "torch", lambda: [attend(q, k, v, enable_gqa=True) for _ in range(repeats)], repeats
-    some = max(tokens, 64)  # the cache is filled in runs of so many
-    program = module.Program(rows=some, outputs=1, sequences=1, context=context + some)
+        return "torch", lambda: [attend(*qkv, enable_gqa=True) for qkv in held]
+    some = max(tokens, 64)  # the caches are filled in runs of so many
+    program = module.Program(rows=max(some, batch * tokens), outputs=batch, sequences=batch, context=context + some)
     q, k, v, out = (program.buffer(n * size) for n in (heads, kv_heads, kv_heads, heads))
     for buffer in (q, k, v):
         program.embed(buffer, _table(module, buffer.width))
-    cache = program.cache(kv_heads, size)
-    program.append(k, v, cache)
-    for _ in range(repeats):
+    for _ in range(layers):
+        cache = program.cache(kv_heads, size)
+        program.append(k, v, cache)
         program.attend(q, out, cache, size**-0.5)
-    runs, width = module.__name__.rpartition("_")[2], heads * size
-    work = _started(program, out, width, tokens, context, fill=some)
-    return runs, work, repeats
+    work = _started(program, out, heads * size, tokens, context, batch, fill=some)
+    return module.__name__.rpartition("_")[2], work
 
 
 def pass_chain(width: int, m: int) -> tuple[str, Work, int]:
@@ -162,12 +164,15 @@ def _table(module: Any, width: int) -> Any:
     return module.dense_fp32(np.random.default_rng(0).standard_normal((VOCABULARY, width), np.float32))
 
 
-def _started(program: Any, last: Any, width: int, tokens: int, start: int = 0, fill: int = 0) -> Work:
-    """The call that runs a program's `tokens` new tokens after `start` older ones."""
+def _started(
+    program: Any, last: Any, width: int, tokens: int, start: int = 0, batch: int = 1, fill: int = 0
+) -> Work:
+    """The call that runs a program's `tokens` new tokens after `start` older ones of each sequence."""
     head = program.buffer(width, picked=True)
     program.select(last, head)
-    numbers = np.arange(max(tokens, fill), dtype=np.int32) % VOCABULARY
-    zero = np.zeros(1, np.int32)
-    for first in range(0, start, fill or 1):
-        program.run(head, numbers[:fill], zero, zero + first, zero + fill)
-    return lambda: program.run(head, numbers[:tokens], zero, zero + start, zero + tokens)
+    numbers = np.arange(max(batch * tokens, fill), dtype=np.int32) % VOCABULARY
+    each, one = np.arange(batch, dtype=np.int32), np.ones(batch, np.int32)
+    for sequence in each:
+        for first in range(0, start, fill or 1):
+            program.run(head, numbers[:fill], *(np.array([n], np.int32) for n in (sequence, first, fill)))
+    return lambda: program.run(head, numbers[: batch * tokens], each, start * one, tokens * one)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab.core.device import Device, Kernel
+from trimtab.core.device import CACHE_BYTES, Device, Kernel
 from trimtab.core.errors import UserError
 from trimtab.core.journal import write_atomic
 from trimtab.core.level import Level, parse_level
@@ -44,20 +44,31 @@ INPUTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_INPUTS = (1, 4, 16, 128, 512)
 SHAPES = ((256, 256), (1024, 256), (256, 1024), (1024, 1024), (2048, 2048))
 QUICK_SHAPES = ((256, 256), (256, 1024), (1024, 1024))
+FAR_SHAPES = ((1024, 2048), (512, 512), (2048, 512), (512, 2048))
+FAR_SETS = 4  # times the last cache: what is read again comes from memory
+SLOWNESS = 0.1  # least seconds to the roof's: a kernel is not ten times as fast as its limit
 FROM_MEMORY = 32  # inputs up to which a weight is also measured from memory: with more, arithmetic is what limits
+MOST_COPIES = 64  # of a weight in one program
 WIDTHS = (512, 2048, 8192)
-ATTENTIONS = ((8, 8, 64, 256), (8, 8, 64, 2048), (32, 8, 64, 512), (16, 4, 128, 1024))  # heads, their kv, size, context
+ATTENTIONS = (  # heads, their keys and values, their size, context, sequences
+    *((8, 4, 64, 64, 1), (8, 4, 64, 512, 1), (4, 2, 64, 256, 8), (16, 8, 64, 512, 4), (16, 4, 128, 1024, 1)),
+    *((32, 8, 64, 64, 8), (32, 8, 64, 1024, 1)),
+)
+FAR_ATTENTION = (16, 8, 64, 1024, 8)
 NEW_TOKENS = (1, 16, 128)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measured shape: what limits it in seconds, its rows and columns, and the fastest and the median seconds."""
+    """One measured shape: what limits it in seconds, its rows and columns, the fastest and the median seconds, its
+    rows.
+    """
 
     roof: float
     edges: float
     best: float
     median: float
+    rows: int = 0
 
 
 # ---- what the system says
@@ -122,6 +133,7 @@ def measure(
     tell = progress or (lambda what, done, total: None)
     with threads_set(threads):
         device = limits(quick)
+        device = replace(device, spill=spilled(device, quick))
         texts = tuple(levels) if levels is not None else QUICK_LEVELS if quick else LEVELS
         texts = tuple(t for t in dict.fromkeys(("fp32", *texts)) if runs_here(parse_level(t)))
         rows: list[Kernel] = []
@@ -183,6 +195,7 @@ def limits(quick: bool = False) -> Device:
         variant=variant(),
         caches=sizes,
         bandwidth=tuple(zip(sets, rates, strict=True)),
+        spill=((sizes["l3"], 0.0), (2 * sizes["l3"], 1.0)),
         limits=found,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={"trimtab": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -217,48 +230,71 @@ def linear(device: Device, level: Level, quick: bool = False) -> list[Kernel]:
     shapes, inputs = (QUICK_SHAPES, QUICK_INPUTS) if quick else (SHAPES, INPUTS)
     seconds = 0.015 if quick else 0.04
     points: dict[int, list[Point]] = {m: [] for m in inputs}
-    far: dict[int, Point] = {}
-    runs, peak = "", device.peak(level)
+    far: dict[int, list[Point]] = {m: [] for m in inputs}
+    runs, peak, half = "", device.peak(level), device.caches["l3"] / 2
     for rows, cols in shapes:
         packed = random_packed(level, rows, cols)
         size = level.bytes((rows, cols))
         if size > device.caches["l3"] // 2:
             continue
+        copies = max(1, min(MOST_COPIES, device.caches["l3"] // 4 // size))  # as a model's weights that fit the last cache
         for m in inputs:
-            operations = 2.0 * rows * cols * m
-            roof = max(size / device.reads(size), operations / peak)
-            repeats = int(min(32, max(1, 2e-4 / roof)))
-            runs, work = chain(packed, [0] * repeats, m)
+            repeats = copies if m <= FROM_MEMORY else max(1, min(copies, int(2e-3 * peak / (m * level.flops((rows, cols))))))
+            roof = max(size / device.reads(min(copies * size, half)), m * level.flops((rows, cols)) / peak)
+            runs, work = chain(packed, [i % copies for i in range(repeats)], m)
             best, median = timed(work, seconds, device.threads)
             points[m].append(Point(roof, rows + cols, best / repeats, median / repeats))
-    packed = random_packed(level, 1024, 2048)
-    size = level.bytes((1024, 2048))
-    copies = max(2, 4 * device.caches["l3"] // size)
-    for m in [m for m in inputs if m <= FROM_MEMORY]:
-        _, work = chain(packed, list(range(copies)), m)
-        best, median = timed(work, 3 * seconds, device.threads)
-        roof = max(size / device.reads(copies * size), 2.0 * 1024 * 2048 * m / peak)
-        far[m] = Point(roof, 1024 + 2048, best / copies, median / copies)
-    return [
-        fitted(Kernel("linear", str(level), m, runs, 0.0, 0.0, 1.0, 1.0), points[m], far.get(m), device, copies * size)
-        for m in inputs
-    ]
+    for rows, cols in FAR_SHAPES[: 1 if quick else None]:
+        packed, size = random_packed(level, rows, cols), level.bytes((rows, cols))
+        copies = max(2, FAR_SETS * device.caches["l3"] // size)
+        for m in [m for m in inputs if m <= FROM_MEMORY]:
+            _, work = chain(packed, list(range(copies)), m)
+            best, median = timed(work, 2 * seconds, device.threads)
+            roof = max(size / device.from_memory, m * level.flops((rows, cols)) / peak)
+            far[m].append(Point(roof, rows + cols, best / copies, median / copies, rows))
+    return [fitted(Kernel("linear", str(level), m, runs, 0.0, 0.0, 1.0, 1.0), points[m], far[m]) for m in inputs]
+
+
+def spilled(device: Device, quick: bool) -> tuple[tuple[int, float], ...]:
+    """The share of a set that comes from memory, from the seconds a byte of a kernel that goes through it again and
+    again: none of half the last cache, all of four times as much as it holds.
+    """
+    packed, last = random_packed(parse_level("fp32"), 512, 512), device.caches["l3"]
+    sets = [int(n * last) for n in ((0.5, 1, 2, 4) if quick else (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4))]
+    times = []
+    for size in sets:
+        order = list(range(max(1, size // packed.nbytes)))
+        _, work = chain(packed, order, 1)
+        times.append(timed(work, 0.1, device.threads)[0] / len(order))
+    least, most = times[0], max(*times[1:], times[0] * 1.0001)
+    shares = [min(1.0, max(0.0, (t - least) / (most - least))) for t in times]
+    return tuple((size, max(shares[: i + 1])) for i, size in enumerate(sets))
 
 
 def attention(device: Device) -> list[Kernel]:
     """How near attention comes to its limits, for several numbers of new tokens."""
     found = []
     for tokens in NEW_TOKENS:
-        points, runs = [], ""
-        for heads, kv_heads, size, context in ATTENTIONS:
-            runs, work, repeats = heads_chain(heads, kv_heads, size, context, tokens)
-            best, median = timed(work, 0.03, device.threads)
-            read = 2 * 2 * (context + tokens) * kv_heads * size
-            operations = 4.0 * heads * size * (context + (tokens + 1) / 2) * tokens
-            roof = max(read / device.reads(read), operations / device.limits["fp32"])
-            points.append(Point(roof, heads * size * tokens, best / repeats, median / repeats))
-        found.append(fitted(Kernel("attention", "", tokens, runs, 0.0, 0.0, 1.0, 1.0), points, None, device, 0))
+        row = Kernel("attention", "", tokens, "", 0.0, 0.0, 1.0, 1.0)
+        near = [_heads_point(device, shape, tokens, False) for shape in ATTENTIONS]
+        far = [_heads_point(device, FAR_ATTENTION, tokens, True)[1]] if tokens == 1 else []
+        found.append(fitted(replace(row, runs=near[0][0]), [point for _, point in near], far))
     return found
+
+
+def _heads_point(device: Device, shape: tuple[int, ...], tokens: int, far: bool) -> tuple[str, Point]:
+    """One attention, in as many layers as have caches of keys and values that fit the last cache, or do not."""
+    heads, kv_heads, size, context, batch = shape
+    batch = batch if tokens == 1 else 1  # prompts are read one after the other
+    read = 2 * CACHE_BYTES * (context + tokens) * kv_heads * size * batch
+    operations = 4.0 * heads * size * (context + (tokens + 1) / 2) * tokens * batch
+    whole = FAR_SETS * device.caches["l3"] if far else device.caches["l3"] // 8
+    layers = max(1, min(whole // read, MOST_COPIES if tokens == 1 else 4))
+    runs, work = heads_chain(*shape[:4], tokens, batch, layers)
+    best, median = timed(work, 0.04, device.threads)
+    speed = device.from_memory if far else device.reads(min(layers * read, device.caches["l3"] / 2))
+    roof = max(read / speed, operations / device.limits["fp32"])
+    return runs, Point(roof, heads * size * tokens * batch, best / layers, median / layers)
 
 
 def passes(device: Device, quick: bool = False) -> list[Kernel]:
@@ -270,7 +306,7 @@ def passes(device: Device, quick: bool = False) -> list[Kernel]:
             runs, work, repeats = pass_chain(width, m)
             best, median = timed(work, 0.02, device.threads)
             points.append(Point(4.0 * width * m / device.reads(device.caches["l2"]), 0, best / repeats, median / repeats))
-        found.append(fitted(Kernel("pass", "", m, runs, 0.0, 0.0, 1.0, 1.0), points, None, device, 0))
+        found.append(fitted(Kernel("pass", "", m, runs, 0.0, 0.0, 1.0, 1.0), points))
     return found
 
 
@@ -281,27 +317,33 @@ def step(device: Device) -> Kernel:
     return Kernel("step", "", 1, runs, best, 0.0, 1.0, 1.0, noise=median / best)
 
 
-def fitted(row: Kernel, points: Sequence[Point], far: Point | None, device: Device, far_set: int) -> Kernel:
-    """The row with its constants: non-negative least squares of the relative errors over the points in the caches;
-    what one from memory takes longer is put down to `far`.
+def fitted(row: Kernel, points: Sequence[Point], far: Sequence[Point] = ()) -> Kernel:
+    """The row with its constants: non-negative least squares of the relative errors, first over the points in the
+    caches, then over what those from memory take beside the call and the edges.
     """
+    fixed, edge, slow = _least([(1.0, p.edges, p.roof) for p in points], [p.best for p in points])
+    slow = max(slow, SLOWNESS)
+    error = [p.best / (fixed + edge * p.edges + slow * p.roof) for p in points]
+    start, out = 0.0, slow
+    if far:
+        over = [max(p.best - fixed - edge * p.edges, SLOWNESS * p.roof) for p in far]
+        out, start = _least([(p.roof, p.rows) if len(far) > 1 else (p.roof,) for p in far], over, 2)
+        out = max(out, SLOWNESS)
+        error += [t / (out * p.roof + start * p.rows) for t, p in zip(over, far, strict=True)]
+    noise = statistics.median(p.median / p.best for p in (*points, *far))
+    return replace(
+        row, fixed=fixed, edge=edge, near=1 / slow, far=1 / out, start=start, low=min(1.0, *error), high=max(1.0, *error),
+        noise=noise,
+    )  # fmt: skip
+
+
+def _least(terms: Sequence[tuple[float, ...]], seconds: Sequence[float], width: int = 3) -> list[float]:
+    """Non-negative coefficients of the terms that give the seconds with least relative error; 0 for missing terms."""
     from scipy.optimize import nnls
 
-    best = np.array([p.best for p in points])
-    terms = np.array([[1.0, p.edges, p.roof] for p in points]) / best[:, None]
-    fixed, edge, slow = nnls(terms, np.ones(len(points)))[0]
-    slow = max(slow, 0.1)
-    error = [p.best / (fixed + edge * p.edges + slow * p.roof) for p in points]
-    near = reached = 1 / slow
-    if far is not None:
-        missing = device.missing(far_set)
-        over = (far.best - fixed - edge * far.edges) / far.roof - (1 - missing) * slow
-        reached = missing / max(over, 0.1 * missing)
-    noise = statistics.median(p.median / p.best for p in points)
-    return replace(
-        row, fixed=float(fixed), edge=float(edge), near=float(near), far=float(reached),
-        low=float(min(1.0, *error)), high=float(max(1.0, *error)), noise=float(noise),
-    )  # fmt: skip
+    relative = np.array(terms) / np.array(seconds)[:, None]
+    found = nnls(relative, np.ones(len(seconds)))[0].tolist()
+    return found + [0.0] * (width - len(found))
 
 
 # ---- the profile in the user's cache folder
