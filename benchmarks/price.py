@@ -32,7 +32,7 @@ from trimtab.kernels.bench import random_packed
 
 WITHIN = 0.15
 SIZES = ((256, 4), (512, 8), (1024, 4), (1024, 12))  # hidden width, blocks
-LEVELS = ("bf16",)
+LEVELS = ("bf16", "8b/row", "4b/g64", "2b/g32")
 RUNS = ((1, 64), (4, 256), (8, 512))  # batch, context
 
 
