@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimtab.formats.packed import Packed, join_rows, row_separable
+from trimtab.formats.packed import Packed
 from trimtab.kernels.dense.make import dense_weight
 from trimtab.kernels.weight import kernel_weight
 
@@ -260,13 +260,11 @@ class Weights:
     def get(self, paths: tuple[str, ...]) -> list[tuple[Any, tuple[str, ...]]]:
         """One weight for all of these, one above the other, where they are stored alike; else one each."""
         keys = tuple(self.first.get(f"{path}.weight", f"{path}.weight") for path in paths)
-        if keys not in self.made and len(keys) > 1:
-            matrices = [self._matrix(path) for path in paths]
-            if not _stackable(matrices):
+        if keys not in self.made:
+            weight = self._make([self._matrix(path) for path in paths])
+            if weight is None:
                 return [pair for path in paths for pair in self.get((path,))]
-            self.made[keys] = self._make(matrices)
-        elif keys not in self.made:
-            self.made[keys] = self._make([self._matrix(paths[0])])
+            self.made[keys] = weight
         self.users[paths] = self.made[keys]
         return [(self.made[keys], paths)]
 
@@ -322,22 +320,31 @@ class Weights:
         weight = module.weight.detach()
         return weight.T if self.sites[path].transposed else weight  # type: ignore[operator]
 
-    def _make(self, matrices: list[Any]) -> Any:
-        whole = join_rows(matrices) if isinstance(matrices[0], Packed) else torch.cat(matrices)
-        if isinstance(whole, Packed):
-            return kernel_weight(whole) or dense_weight(self.kernels, whole.dense())
-        return dense_weight(self.kernels, whole)
+    def _make(self, matrices: list[Any]) -> Any | None:
+        """One weight of these matrices; None where several are not stored alike."""
+        packed = [m for m in matrices if isinstance(m, Packed)]
+        if not packed:
+            return dense_weight(self.kernels, torch.cat(matrices))
+        if len(packed) < len(matrices) or any(p.level != packed[0].level for p in packed):
+            return None
+        if self.kernels is None:
+            return PlainWeight(packed[0]) if len(packed) == 1 else None
+        weight = kernel_weight(*packed)
+        if weight is None and len(packed) == 1:
+            return dense_weight(self.kernels, packed[0].dense())
+        return weight
 
 
-def _stackable(matrices: list[Packed | Tensor]) -> bool:
-    """Whether weights can lie one above the other: all dense, or all packed at one level whose rows end on bytes."""
-    first = matrices[0]
-    if not isinstance(first, Packed):
-        return not any(isinstance(m, Packed) for m in matrices)
-    bits = getattr(first.level, "bits", 0) or 1 + getattr(first.level, "e", 0) + getattr(first.level, "m", 0)
-    return row_separable(first.level) and all(
-        isinstance(m, Packed) and m.level == first.level and m.shape[0] * m.shape[1] * bits % 8 == 0 for m in matrices
-    )
+class PlainWeight:
+    """A packed weight with the kernels' face and arithmetic, in plain torch."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self.rows, self.cols = packed.shape
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """`x [m, cols]` to `[m, rows]`."""
+        return torch.nn.functional.linear(torch.from_numpy(x), self.packed.dense()).numpy()
 
 
 def _linear(module: nn.Module, weight: Any, first: int, rows: int) -> Callable[[Tensor], Tensor]:
