@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trimtab.core.level import Level
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
 
-MAKERS: dict[type[Level], Callable[[Any, Packed], Any]] = {}
+MAKERS: dict[type[Level], Callable[[Any, Sequence[Packed]], Any]] = {}
 
 
-def kernel_weight(packed: Packed) -> Any | None:
+def kernel_weight(*parts: Packed) -> Any | None:
     """The packed matrix `[out, in]` interleaved for the kernels; None where no kernel runs its level here."""
-    module, maker = native(), MAKERS.get(type(packed.level))
-    return maker(module, packed) if module is not None and maker is not None else None
+    module, maker = native(), MAKERS.get(type(parts[0].level))
+    return maker(module, parts) if module is not None and maker is not None else None

@@ -51,7 +51,8 @@ void Pool::start(int threads) {
   barrier_ = std::make_unique<Barrier>(threads);
   const auto cores = allowed_cores();
   for (int rank = 1; rank < threads; ++rank) {
-    workers_.emplace_back([this, rank] { loop(rank); });
+    // A call may come before the thread has begun: what it has seen is settled here, or it would miss that call.
+    workers_.emplace_back([this, rank, seen = call_.load(std::memory_order_acquire)] { loop(rank, seen); });
     if (static_cast<size_t>(threads) <= cores.size()) pin(workers_.back(), cores[rank]);
   }
 }
@@ -87,9 +88,7 @@ void Pool::run(const std::function<void(const Team&)>& work) {
   while (left_.load(std::memory_order_acquire) > 0) std::this_thread::yield();
 }
 
-void Pool::loop(int rank) {
-  // A worker starts before any call that concerns it, so the calls made so far are none of its business.
-  uint64_t seen = call_.load(std::memory_order_acquire);
+void Pool::loop(int rank, uint64_t seen) {
   while (true) {
     int spins = 0;
     while (call_.load(std::memory_order_acquire) == seen && !over_.load(std::memory_order_relaxed)) {

@@ -67,7 +67,7 @@ class Pool {
   Pool();
   void start(int threads);
   void stop();
-  void loop(int rank);
+  void loop(int rank, uint64_t seen);  // seen: calls made before the worker was started
 
   std::vector<std::thread> workers_;
   std::unique_ptr<Barrier> barrier_;
