@@ -1,0 +1,129 @@
+#include "integer/grouped.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace trimtab {
+namespace {
+
+constexpr int kColumnsAtOnce = 512;  // expanded for a block of tiles: with the inputs' share they fit the nearest cache
+
+int rows_of(const std::vector<Stored>& parts) {
+  int rows = 0;
+  for (const Stored& part : parts) rows += part.rows;
+  return rows;
+}
+
+}  // namespace
+
+GroupedWeight::GroupedWeight(const Layout& layout, std::vector<uint8_t> table, const std::vector<Stored>& parts)
+    : Weight(rows_of(parts), layout.cols),
+      layout_(layout),
+      table_(128),
+      factors_(sizeof(float) * kRows * tiles()),
+      data_(layout.tile_bytes() * tiles()) {
+  const int stored = 1 << layout.bits;
+  const bool fits = std::all_of(table.begin(), table.end(), [&](uint8_t entry) { return entry < stored; });
+  has_table_ = !fits;
+  if (has_table_) {
+    std::memset(table_.data(), 0, table_.size());
+    std::memcpy(table_.data(), table.data(), table.size());
+  }
+  pack(parts, has_table_ || table.empty() ? nullptr : table.data());
+}
+
+Tiles GroupedWeight::view() const {
+  return {layout_, data_.data(), reinterpret_cast<const uint8_t*>(table_.data()),
+          reinterpret_cast<const float*>(factors_.data()), rows};
+}
+
+int GroupedWeight::spans_at_once() const {
+  return std::clamp(kColumnsAtOnce / (4 * layout_.vectors), 1, layout_.spans);
+}
+
+size_t GroupedWeight::expanded_bytes() const {
+  return static_cast<size_t>(spans_at_once()) * kTiles * (layout_.vectors + 2 * layout_.join) * kVector;
+}
+
+size_t GroupedWeight::scratch(int m) const {
+  return Inputs::bytes(layout_, m) + (by_stream(m) ? 0 : expanded_bytes() * Pool::get().size());
+}
+
+void GroupedWeight::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch,
+                          const Team& team) const {
+  const Inputs inputs(layout_, m, by_stream(m) ? kStream : kInputs, scratch);
+  inputs.quantise(layout_, x, ldx, team);
+  if (by_stream(m)) {
+    const auto [first, last] = team.share(tiles());
+    kernels_of(layout_.bits, has_table_).stream[m - 1](view(), inputs.panel(layout_, 0), first, last, y, ldy);
+  } else {
+    through_tiles(inputs, y, ldy, scratch + Inputs::bytes(layout_, m) + expanded_bytes() * team.rank, team);
+  }
+  team.sync();
+}
+
+void GroupedWeight::through_tiles(const Inputs& inputs, float* y, int ldy, std::byte* memory, const Team& team) const {
+  const Tiles view = this->view();
+  const Kernels& kernels = kernels_of(layout_.bits, has_table_);
+  const bool wide = layout_.bits == 8 || (has_table_ && layout_.bits == 7);
+  const int at_once = spans_at_once(), join = layout_.join;
+  const size_t heads = static_cast<size_t>(at_once) * join * kTiles * kRows;
+  const Expanded expanded{reinterpret_cast<uint8_t*>(memory + 8 * heads), reinterpret_cast<float*>(memory),
+                          reinterpret_cast<int32_t*>(memory) + heads};
+  const auto [begin, end] = team.share(Layout::ceil(tiles(), kTiles));
+  for (int block = begin; block < end; ++block) {
+    const int tile0 = block * kTiles, n = std::min(kTiles, tiles() - tile0);
+    for (int from = 0; from < layout_.spans; from += at_once) {
+      const int to = std::min(from + at_once, layout_.spans);
+      for (int t = 0; t < n; ++t) {
+        const std::byte* tile = view.tile(tile0 + t);
+        kernels.expand(view, tile0 + t, from, to, expanded.codes + t * kVector, n * kVector);
+        for (int span = from; span < to; ++span)
+          for (int j = 0; j < join; ++j) {
+            const size_t at = ((static_cast<size_t>(span - from) * join + j) * n + t) * kRows;
+            simd::store(expanded.scale + at, scale_of(layout_, tile + layout_.scale_at(span, j)));
+            simd::store(expanded.zero + at, layout_.zeros ? simd::load_bytes_wide(tile + layout_.zero_at(span, j))
+                                                          : simd::ints(layout_.zero));
+          }
+      }
+      for (int p = 0; p < inputs.panels; ++p) {
+        const int i0 = inputs.first(p), count = inputs.first(p + 1) - i0;
+        alignas(64) float out[kInputs * kTiles * kRows] = {};
+        micro_of(count, n, wide)(layout_, inputs.panel(layout_, p), expanded, from, to, out);
+        for (int i = 0; i < count; ++i)
+          for (int t = 0; t < n; ++t) {
+            const int row0 = (tile0 + t) * kRows, here = std::min(kRows, rows - row0);
+            float* target = y + static_cast<size_t>(i0 + i) * ldy + row0;
+            const float* sum = out + (i * n + t) * kRows;
+            for (int r = 0; r < here; ++r) target[r] = (from > 0 ? target[r] : 0.0f) + sum[r] * view.factors[row0 + r];
+          }
+      }
+    }
+  }
+}
+
+void GroupedWeight::row(int r, float* out) const {
+  const Tiles view = this->view();
+  const int t = r / kRows, lane = r % kRows;
+  const std::byte* tile = view.tile(t);
+  std::vector<uint8_t> codes(static_cast<size_t>(layout_.vectors) * kVector);
+  float scales[kRows];
+  for (int span = 0; span < layout_.spans; ++span) {
+    kernels_of(layout_.bits, has_table_).expand(view, t, span, span + 1, codes.data(), kVector);
+    for (int j = 0; j < layout_.join; ++j) {
+      const auto [first, count] = layout_.columns(span, j);
+      if (count <= 0) continue;
+      simd::store(scales, scale_of(layout_, tile + layout_.scale_at(span, j)));
+      const float scale = scales[lane] * (view.factors[r] / layout_.shift);
+      const int zero = layout_.zeros ? static_cast<int>(tile[layout_.zero_at(span, j) + lane]) : layout_.zero;
+      for (int c = 0; c < count; ++c) {
+        const int at = j * layout_.block + c, code = codes[at / 4 * kVector + 4 * lane + at % 4];
+        out[first + c] = static_cast<float>(code - zero) * layout_.shift * scale;
+      }
+    }
+  }
+  if (layout_.hadamard)
+    for (int g = 0; g < layout_.cols / layout_.group; ++g) hadamard(out + g * layout_.group, layout_.group);
+}
+
+}  // namespace trimtab

@@ -1,0 +1,63 @@
+// The loops of the grouped integer product, one table of them for every way to store a code.
+#pragma once
+
+#include "base/simd.h"
+#include "integer/inputs.h"
+#include "integer/layout.h"
+
+namespace trimtab {
+
+// What a kernel must know of the matrix.
+struct Tiles {
+  const Layout& layout;
+  const std::byte* data;
+  const uint8_t* table;    // from codes to stored integers, for grids that are not even
+  const float* factors;    // [tiles, 16]: of a row, on top of its groups' scales
+  int rows;
+
+  const std::byte* tile(int t) const { return data + t * layout.tile_bytes(); }
+};
+
+// Inputs that the kernels take at once, and tiles whose rows they serve with them: as many sums as there are registers.
+#if defined(__AVX512F__)
+constexpr int kStream = 8, kInputs = 12, kTiles = 2;
+#elif defined(__AVX2__)
+constexpr int kStream = 4, kInputs = 4, kTiles = 1;
+#else
+constexpr int kStream = 1, kInputs = 4, kTiles = 1;
+#endif
+
+// Spans of a few tiles as bytes, with scales and zero points in 32 bits: what the second path computes on.
+struct Expanded {
+  uint8_t* codes;  // [spans, vectors, tiles, 64]
+  float* scale;    // [spans, join, tiles, 16]
+  int32_t* zero;   // [spans, join, tiles, 16]
+};
+
+struct Kernels {
+  int chunk;
+  // Spans [from, to) of a tile, written at its place among `tiles`.
+  void (*expand)(const Tiles& tiles, int tile, int from, int to, uint8_t* codes, int stride);
+  // Tiles [first, last) by `inputs` inputs, straight from the stream; null where a chunk straddles groups.
+  void (*stream[kStream])(const Tiles& tiles, const Panel& panel, int first, int last, float* y, int ldy);
+};
+
+// Whether each group fills chunks, so that the stream needs no expanding first.
+bool streams(const Layout& layout);
+
+const Kernels& kernels_of(int bits, bool table);
+
+// One panel by the expanded spans [from, to): out [inputs, tiles * 16] grows.
+using Micro = void (*)(const Layout& layout, const Panel& panel, const Expanded& w, int from, int to, float* out);
+Micro micro_of(int inputs, int tiles, bool wide);
+
+// Scales of group j of a span, for the 16 rows of the tile at p.
+inline simd::Floats scale_of(const Layout& layout, const std::byte* p) {
+  switch (layout.scale) {
+    case Scale::kHalf: return simd::load_halves(p);
+    case Scale::kE8M0: return simd::load_powers(p);
+    default: return simd::load_e4m3(p);
+  }
+}
+
+}  // namespace trimtab
