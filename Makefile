@@ -22,8 +22,10 @@ help: ## this list
 
 setup: $(READY) ## .venv with the exact versions of requirements.lock
 
+KERNELS := CMakeLists.txt $(wildcard trimtab/kernels/*/*.cpp trimtab/kernels/*/*.h)
+
 # Torch goes in alone and first: whichever build of that version the machine offers (CPU or CUDA) then satisfies the rest.
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml $(KERNELS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed; %s is %d.%d. Choose one: make PYTHON=python3.12 ..." % (sys.executable, *v))'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); echo "no venv module: install python3-venv, or choose another: make PYTHON=..." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"

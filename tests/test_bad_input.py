@@ -355,7 +355,8 @@ def test_functions_that_return_other_things(
     ("options", "words"),
     [
         (["--methods", "gtpq"], ["'gtpq'", "did you mean 'gptq'"]),
-        (["--methods", "milp"], ["milp"]),
+        (["--methods", "milp"], ["milp", "--allocator"]),
+        (["--methods", "gptq,awq"], ["awq", "--plan"]),
         (["--allocator", "simplex"], ["'simplex'", "trimtab methods"]),
         (["--allocator", "gptq"], ["gptq is no allocator"]),
         (["--effort", "quik"], ["'quik'", "did you mean 'quick'"]),

@@ -194,6 +194,34 @@ def test_quality_out_of_reach_is_exit_code_3(tiny: Path, text: Path, cli: Callab
     assert report["budget"] == {"size": 560_000, "quality": 0.999}
 
 
+@pytest.mark.parametrize("methods", [("sparsegpt", "gptq"), ("output-space",)])
+def test_a_search_tries_solvers_that_the_menu_lacks(
+    methods: tuple[str, ...], tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    from trimtab.core.method import method
+
+    found = fitted(tiny, tmp_path / "run", data=str(text), size=900_000, methods=methods)
+    steps = map(json.loads, (found.folder / "journal.jsonl").read_text().splitlines())
+    probed = [row for step in steps if step["step"].startswith("probe/") for row in step["value"]["rows"]]
+    tried = {choice for unit, choice, *_ in probed if "q_proj" in unit}
+    card = method(methods[0]).card
+    assert tried >= {f"{card.name}@{level}" for level in card.levels}
+    assert {choice.partition("@")[0] for choice in tried} == set(methods)
+    used = {row["method"] for row in found.report["sites"]} - {None}
+    assert used & set(methods) and used <= {*methods, "rtn"}
+    assert found.report["best"]["bytes"] <= 900_000 and found.report["met"]
+
+
+def test_a_change_of_structure_leaves_what_was_solved_before_it(tiny: Path, text: Path, tmp_path: Path) -> None:
+    plan = "gptq @ up=4b/g32 | output-space @ down=r8/bias | llm-drop @ model.layers.1.mlp=drop"
+    found = fitted(tiny, tmp_path / "run", data=str(text), plan=plan)
+    levels = {name: str(reader().level) for name, reader in open_artifact(found.artifact).packed.items()}
+    assert levels == {
+        "model.layers.0.mlp.up_proj.weight": "4b/g32",
+        "model.layers.0.mlp.down_proj.weight": "r8/bias",
+    }
+
+
 # ---- other models
 
 

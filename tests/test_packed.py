@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimtab.core.errors import UserError
 from trimtab.core.level import NM, Codebook, Dense, Float, Int, Level, Plus, Rank, Shape, Sparse, parse_level, rows_cols
 from trimtab.formats.bitstream import pack_bits, unpack_bits
 from trimtab.formats.minifloat import encode_magnitude, magnitudes
@@ -235,3 +236,72 @@ def test_hadamard_is_sylvester_s(block: int) -> None:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     ours = hadamard_blocks(torch.eye(block), block)
     torch.testing.assert_close(ours, torch.from_numpy(matrix / block**0.5).float(), rtol=1e-6, atol=1e-6)
+
+
+# ---- damage
+
+
+def damaged(text: str, name: str, value: float, shape: Shape = (8, 70)) -> Packed:
+    """A weight at a level with one number of a stored tensor overwritten."""
+    packed, _ = stored(parse_level(text), shape, torch.Generator().manual_seed(0))
+    tensors = {k: t.clone() for k, t in packed.tensors.items()}
+    tensors[name].reshape(-1)[3 if tensors[name].numel() > 3 else 0] = value
+    return Packed(packed.level, packed.shape, tensors)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@settings(max_examples=5)
+@given(shape=SHAPES)
+def test_what_is_packed_has_no_flaw(text: str, shape: Shape) -> None:
+    assert stored(parse_level(text), shape, torch.Generator().manual_seed(0))[0].flaw() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value", "words"),
+    [
+        ("mxfp8", "codes", 127, "NaN or infinity in `codes` (e4m3)"),
+        ("mxfp8", "codes", 255, "NaN or infinity in `codes` (e4m3)"),
+        ("e5m2/g32", "codes", 0b1_11111_00, "NaN or infinity in `codes` (e5m2)"),
+        ("mxfp8", "scale", 255, "NaN in `scale` (e8m0)"),
+        ("nvfp4", "scale", 127, "NaN in `scale` (e4m3)"),
+        ("nvfp4+r2", "scale", 200, "NaN in `scale` (e4m3)"),
+        ("nvfp4", "matrix_scale", float("inf"), "infinite values in `matrix_scale`"),
+        ("4b/g32", "scale", float("nan"), "NaN or infinite values in `scale`"),
+        ("4b/g32+r2", "extra_left", float("inf"), "NaN or infinite values in `extra_left`"),
+        ("vq/d4/k16", "book", float("nan"), "NaN or infinite values in `book`"),
+        ("2:5", "places", 255, "places beyond 5 in `places`"),
+        ("50%", "mask", 255, "where 50% keeps 280"),
+        ("r4/bias", "bias", float("nan"), "NaN or infinite values in `bias`"),
+        ("bf16", "weight", float("nan"), "NaN or infinite values in `weight`"),
+    ],
+)
+def test_damage_is_seen_before_it_is_decoded(text: str, name: str, value: float, words: str) -> None:
+    assert words in (damaged(text, name, value).flaw() or "")
+
+
+def test_a_tensor_of_another_shape_or_type_is_seen() -> None:
+    packed, _ = stored(parse_level("4b/g32"), (8, 70), torch.Generator())
+    for changed in (packed.tensors["scale"].T, packed.tensors["scale"].bfloat16()):
+        flaw = Packed(packed.level, packed.shape, {**packed.tensors, "scale": changed}).flaw()
+        assert flaw and "`scale`, where 4b/g32 takes torch.float16 [8, 3]" in flaw
+
+
+def test_a_damaged_artifact_says_which_weight_and_what_to_do(tmp_path: Path) -> None:
+    from trimtab.models.artifact import open_artifact, write_artifact
+
+    weights = {"a.weight": damaged("mxfp8", "codes", 1), "b.weight": damaged("mxfp8", "codes", 127)}
+    manifest = {"task": "causal-lm", "edits": [], "source": {}}
+    shapes = {name: (list(p.shape), False) for name, p in weights.items()}
+    write_artifact(tmp_path / "artifact", iter(weights.items()), shapes, manifest, [])
+    contents = open_artifact(tmp_path / "artifact")
+    assert contents.packed["a.weight"]().dense().shape == (8, 70)
+    with pytest.raises(UserError, match=r"artifact is damaged: b\.weight holds codes of NaN.*fit the model again"):
+        contents.packed["b.weight"]()
+
+
+@pytest.mark.parametrize("text", ["3b/g16", "4b/row/sym", "mxfp6", "nvfp4", "mxint8/h", "4b/g32+r2"])
+def test_rows_are_decoded_in_tiles_as_the_whole(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = stored(parse_level(text), (45, 33), torch.Generator().manual_seed(0))
+    whole = packed.dense()
+    monkeypatch.setattr("trimtab.formats.packed._TILE", 300)
+    assert torch.equal(packed.dense(), whole)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.level import NM, Int, Rank, Sparse, parse_level
+from trimtab.parts import sweep
 from trimtab.parts.scores import keep_nm, keep_top
 from trimtab.parts.sweep import obs_sweep
 from trimtab.prune.magnitude import Magnitude
@@ -64,6 +65,22 @@ def test_the_sweep_is_optimal_brain_surgeon(block: int) -> None:
     weight, gram = problem(5, 45)
     expected, _ = surgeon(weight, gram, bend)
     assert torch.allclose(obs_sweep(weight, gram, bend, damp=DAMP, block=block), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("panel", [1, 8, 20, 44])
+@pytest.mark.parametrize("block", [1, 13, 128])
+def test_the_factor_may_be_cut_into_panels_anywhere(panel: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = problem(5, 45)
+    expected, _ = surgeon(weight, gram, bend, step=3)
+    monkeypatch.setattr(sweep, "PANEL", panel)
+    given = gram.clone()
+    assert torch.allclose(obs_sweep(weight, gram, bend, step=3, damp=DAMP, block=block), expected, atol=1e-4)
+    assert torch.equal(gram, given)
+    factor = sweep._factor(gram, DAMP)
+    assert sum(p.numel() for p in factor.panels) <= (45 + panel) * 45 / 2 + panel * 45
+    whole = factor.columns(0, 45)
+    assert torch.equal(whole, whole.triu()) and torch.equal(whole.diagonal(), factor.diagonal())
+    assert torch.allclose((whole.double() @ whole.T.double()), damped(gram), atol=1e-4)
 
 
 @pytest.mark.parametrize(("step", "block"), [(2, 16), (4, 10), (7, 128), (64, 16)])

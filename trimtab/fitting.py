@@ -10,19 +10,19 @@ same bytes.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.budget import Budget
 from trimtab.core.errors import UserError
-from trimtab.core.method import Allocator, did_you_mean, method
+from trimtab.core.method import Allocator, Solver, did_you_mean, method
 from trimtab.core.plan import Plan, parse_method
 
 EFFORTS = ("quick", "standard", "thorough")
+SOLVED = ("linear", "head", "embedding", "conv")  # kinds of site whose weights a search solves
 TARGETS = ("native", "gguf", "compressed-tensors")
 Progress = Callable[[str, int, int], None]
 
@@ -55,7 +55,7 @@ class Request:
         effort: `quick`, `standard` or `thorough`: how much is tried and how much data is used.
         target: what must be able to load the result; excludes levels before the search.
         plan: a plan to carry out in place of the search.
-        methods: names of the methods that the search may use; empty: those of the menu.
+        methods: names of the methods that the search may use, see `menu`; empty: those of the menu.
         allocator: the allocator, with its fields: `milp`, `evopress(generations=5)`.
         length: tokens in a window of text.
         context, batch: the run that a memory budget is for.
@@ -85,22 +85,41 @@ class Request:
                 raise UserError(f"unknown {what} {value!r}{did_you_mean(value, known)}; choose from {', '.join(known)}")
         if not isinstance(parse_method(self.allocator), Allocator):
             raise UserError(f"{self.allocator} is no allocator; `trimtab methods --family alloc` lists them")
-        choices = [v for v in menu(self.effort).values() if isinstance(v, list) and isinstance(v[0], str)]
-        tried = {c.partition("@")[0].partition("(")[0] for c in chain(*choices)}
-        for name in self.methods:
-            method(name)
-            if name not in tried:
-                raise UserError(
-                    f"{name} was named among the methods to search over, and a search at effort {self.effort} tries "
-                    f"{', '.join(sorted(tried))}; a method beside these is carried out by --plan"
-                )
+        menu(self.effort, self.methods)
         if self.plan is not None:
             Plan.parse(self.plan)
 
 
-def menu(effort: str) -> dict[str, Any]:
-    """What a search at that effort tries at each kind of site, and how much data it uses."""
-    return tomllib.loads(files("trimtab").joinpath("menus.toml").read_text("utf-8"))[effort]
+def menu(effort: str, methods: Iterable[str] = ()) -> dict[str, Any]:
+    """What a search at that effort tries at each kind of site, and how much data it uses.
+
+    With methods named, these alone are tried, and `rtn`, which is all that some sites can take. A solver that the menu
+    lacks is tried at the levels of its card, at the kinds of site of its card.
+
+    Raises:
+        UserError: a method is unknown, or the menu lacks it and no search can try it.
+    """
+    found: dict[str, Any] = tomllib.loads(files("trimtab").joinpath("menus.toml").read_text("utf-8"))[effort]
+    named = tuple(methods)
+    if not named:
+        return found
+    kinds = {kind: found[kind] for kind in (*SOLVED, "sublayer")}
+    tried = {choice: choice.partition("@")[0].partition("(")[0] for choices in kinds.values() for choice in choices}
+    for kind, choices in kinds.items():
+        found[kind] = [c for c in choices if tried[c] in (*named, "rtn")]
+    for name in dict.fromkeys(named):
+        asked = method(name)
+        if name in tried.values():
+            continue
+        if not isinstance(asked, Solver):
+            where = "--allocator" if isinstance(asked, Allocator) else "--plan"
+            raise UserError(
+                f"{name} was named among the methods to search over, and a search tries methods that solve one weight "
+                f"at a time, which {name} does not: give it with {where}"
+            )
+        for kind in asked.card.kinds & set(SOLVED):
+            found[kind] += [f"{name}@{level}" for level in asked.card.levels]
+    return found
 
 
 def fit(

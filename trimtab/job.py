@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from trimtab.core.level import Level, rows_cols
 from trimtab.core.method import Allocator
 from trimtab.core.plan import Plan, check, exact_plan, grouping, parse_method
 from trimtab.core.table import Row
+from trimtab.fitting import SOLVED, menu
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,7 +68,7 @@ class Job:
         self.started = time.perf_counter()
         self.timings: dict[str, float] = {}
         self.source: Source = open_source(request.model)
-        self.menu: dict[str, Any] = tomllib.loads(files("trimtab").joinpath("menus.toml").read_text())[request.effort]
+        self.menu: dict[str, Any] = menu(request.effort, request.methods)
         header = {
             **{"model": request.model, "hash": self.source.hash, "budget": request.budget.limits()},
             **{k: v for k, v in request.__dict__.items() if k not in ("model", "budget")},
@@ -132,16 +131,11 @@ class Job:
 
     @cached_property
     def units(self) -> list[Unit]:
-        """Units with their choices; a method that the request rules out gives none."""
+        """Units with their choices; a site for which there is none stays as it is."""
         from trimtab.engine.probe import units_of
 
-        kinds = ("linear", "head", "embedding", "conv")
-        allowed = set(self.request.methods)
-        menu = {
-            k: [c for c in self.menu[k] if not allowed or c.partition("@")[0].partition("(")[0] in allowed | {"rtn"}]
-            for k in kinds
-        }
-        return [u for u in units_of(self._probe_stream, menu, self.request.couple, self.legal) if u.choices]
+        choices = {kind: self.menu[kind] for kind in SOLVED}
+        return [u for u in units_of(self._probe_stream, choices, self.request.couple, self.legal) if u.choices]
 
     @cached_property
     def _probe_stream(self) -> Stream:
@@ -162,11 +156,7 @@ class Job:
         """The choice that leaves a sublayer out, where the menu and the target have one."""
         from trimtab.engine.probe import Choice
 
-        names = [
-            c
-            for c in self.menu.get("sublayer", [])
-            if not self.request.methods or c.partition("@")[0] in self.request.methods
-        ]
+        names = self.menu["sublayer"]
         usable = (
             names and self.request.target == "native" and self.modelmap.sublayers and self.source.task == "causal-lm"
         )

@@ -30,6 +30,7 @@ class Loaded:
         share: to write text, the module's weights give way to those of the kernels, so that they are in memory once.
         context: tokens that a text may have; None: as many as the model can.
         timing: how long the last text took.
+        notes: sentences on what loading could not keep as it was.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Loaded:
     timing: Timing | None = None
     _runtime: Runtime | None = None
     _writer: Writer | None = None
+    notes: tuple[str, ...] = ()
 
     def stream(self, prompt: str, tokens: int = 64, *, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Text that goes on from the prompt, piece by piece.
@@ -122,10 +124,11 @@ class Loaded:
 
 
 def load(path: str | Path, *, model: str | None = None, packed: bool = False) -> Loaded:
-    """An artifact of `fit`, or any model that `fit` takes, ready to run.
+    """An artifact of `fit`, a model that others quantised, or any model that `fit` takes, ready to run.
 
     Args:
-        path: an artifact's folder, or the name of a model.
+        path: an artifact's folder, a GGUF file, a folder quantised by GPTQ, AWQ or compressed-tensors, or the name of a
+            model.
         model: for an artifact of a Python function's model: that function, `module:function`.
         packed: keep packed linears packed in memory, and share what the kernels hold: least memory.
 
@@ -133,11 +136,17 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
         UserError: there is nothing of that name, or it is damaged.
     """
     from trimtab.models.artifact import build, is_artifact, open_artifact
+    from trimtab.models.quantised import is_quantised, open_quantised
     from trimtab.models.source import open_source
 
     if not is_artifact(path):
         if (Path(path) / "report.json").is_file() and is_artifact(Path(path) / "artifact"):
             return load(Path(path) / "artifact", model=model, packed=packed)
+        if is_quantised(path):
+            opened = open_quantised(path)
+            module = build(opened.contents, opened.skeleton, packed=packed)
+            task = opened.contents.manifest["task"]
+            return Loaded(module, opened.tokenizer(), task, str(path), tuple(opened.notes))
         source = open_source(str(path))
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
         return Loaded(source.materialise(), tokenizer, source.task, source.name)

@@ -41,6 +41,8 @@ def command(
             kernels.set_threads(threads)
     loaded = load(artifact, model=model, packed=packed)
     loaded.share, loaded.context = packed, context
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
     ready = time.perf_counter()
     text = ""
     for piece in loaded.stream(prompt, tokens, temperature=temperature, seed=seed):

@@ -23,7 +23,8 @@ from trimtab.engine.stream import Flow, Stream
 from trimtab.formats.packed import Packed, join_rows, row_separable
 
 Resolved = list[tuple[Method, dict[str, Level]]]
-TILE = 1 << 23  # weights in a tile: what a solver holds besides is a few times this
+TILE = 1 << 17  # weights in a tile of rows: what a solver holds besides is small, and in the cache
+LARGE = 1 << 24  # weights above which tiles are made where each must factor the same statistics
 
 
 @dataclass
@@ -32,18 +33,21 @@ class Applied:
 
     Fields:
         stream: the stream that holds the changed model.
-        packed: path -> stored weight of every solved site.
         edits: changes of structure, for `formats.structure.replay`.
         methods, levels: path -> name of the method that solved it, and its level.
         rewrote: a rewrite changed other tensors as well.
     """
 
     stream: Stream
-    packed: dict[str, Packed]
     edits: list[dict[str, Any]] = field(default_factory=list)
     methods: dict[str, str] = field(default_factory=dict)
     levels: dict[str, Level] = field(default_factory=dict)
     rewrote: bool = False
+
+    @property
+    def packed(self) -> Mapping[str, Packed]:
+        """Path -> stored weight of every solved site."""
+        return self.stream.packed
 
 
 def seed_for(path: str, seed: int) -> torch.Generator:
@@ -58,7 +62,9 @@ def seed_for(path: str, seed: int) -> torch.Generator:
 def solve(method: Solver, site: Site, weight: Tensor, level: Level, stats: Mapping[str, Tensor], seed: int) -> Packed:
     """One site taken to its level, with the statistics that the method asks for.
 
-    A large weight whose rows are rounded on their own, without statistics, is done in tiles of rows.
+    A weight whose rows are stored apart is done in tiles of rows; with statistics of n inputs, which most methods begin
+    to factor, only a large one, in tiles of n rows at least. A method that gives tiles different levels has looked at
+    the weight as a whole, and is given it as a whole.
 
     Raises:
         UserError: the method asks for a statistic that this site cannot have.
@@ -74,16 +80,22 @@ def solve(method: Solver, site: Site, weight: Tensor, level: Level, stats: Mappi
                 f"{method.card.name} needs the statistic {name}, which {site.path} ({site.kind}) does not have; use "
                 "`rtn` there"
             )
-    tiled = not wanted and weight.numel() > 2 * TILE and row_separable(level)
-    rows = max(8, TILE // weight.shape[1] // 8 * 8) if tiled else len(weight)
-    packed = join_rows([method.solve(part, level, **wanted) for part in weight.split(rows)])
-    broken = [k for k, t in packed.tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
-    if broken:
-        raise UserError(
-            f"{method.card.name} at {level} gave NaN or infinite {broken[0]} for {site.path}; more calibration data "
-            "may help"
-        )
+    tiles = weight.split(_tile(weight, level, wanted))
+    packed = join_rows((method.solve(tile, level, **wanted) for tile in tiles), tuple(weight.shape))
+    packed = packed or method.solve(weight, level, **wanted)
+    if flaw := packed.flaw():
+        raise UserError(f"{method.card.name} at {level} left {flaw} of {site.path}; more calibration data may help")
     return packed
+
+
+def _tile(weight: Tensor, level: Level, wanted: Mapping[str, Any]) -> int:
+    """Rows that are solved together; of more than one tile a multiple of 8, so that the codes of each fill bytes."""
+    rows, cols = weight.shape
+    if not row_separable(level) or "rng" in wanted:
+        return rows
+    if not wanted:
+        return max(8, TILE // cols // 8 * 8)
+    return rows if weight.numel() <= LARGE else -(-max(LARGE // 2 // cols, cols) // 8) * 8
 
 
 def apply(
@@ -106,7 +118,7 @@ def apply(
         progress: called with (places done, places in all).
     """
     keep = keep or (lambda place, work: work())
-    done = Applied(stream, {})
+    done = Applied(stream)
     if any(isinstance(m, Rewriter) for m, _ in resolved):
         stream.whole_model()  # a rewrite changes tensors that no step stores, so the model stays in memory
     for part in _segments(resolved):
@@ -195,7 +207,7 @@ def _place(
     """Carry out the steps at the sites of one place: a block, or what lies before or behind the blocks."""
     here = set(paths)
     solves = [(m, {p: lv for p, lv in levels.items() if p in here}) for m, levels in steps]
-    for method, levels in solves:
+    for i, (method, levels) in enumerate(solves):
         if not levels:
             continue
         asks = _wanted([(method, levels)], levels)
@@ -207,17 +219,22 @@ def _place(
             )
             continue
 
-        def work(method: Any = method, levels: Any = levels, asks: Any = asks) -> dict[str, Packed]:
+        later = {p for _, others in solves[i + 1 :] for p in others}
+
+        def work(
+            method: Any = method, levels: Any = levels, asks: Any = asks, later: set[str] = later
+        ) -> dict[str, Packed]:
             needs_input = any(a & INPUT_STATS for a in asks.values())
-            stats = (first if first is not None else gather(asks) if gather and needs_input else {}) or {}
-            return {
-                p: solve(method, stream.sites[p], stream.weight(stream.sites[p]), lv, stats.get(p, {}), seed)
-                for p, lv in levels.items()
-            }
+            stats = first if first is not None else gather(asks) if gather and needs_input else {}
+            solved = {}
+            for p, level in levels.items():
+                mine = stats.get(p, {}) if p in later else stats.pop(p, {})  # a gram goes with its last reader
+                solved[p] = solve(method, stream.sites[p], stream.weight(stream.sites[p]), level, mine, seed)
+            return solved
 
         for path, packed in keep(f"{place}-{method.card.name}", work).items():
             stream.put(stream.sites[path], packed)
-            done.packed[path], done.methods[path], done.levels[path] = packed, method.card.name, packed.level
+            done.methods[path], done.levels[path] = method.card.name, packed.level
 
 
 def _rewriter_wants(method: Rewriter, stream: Stream, place: int) -> dict[str, set[str]]:

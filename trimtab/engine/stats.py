@@ -71,8 +71,13 @@ class Collector:
         return attach()
 
     def result(self) -> dict[str, dict[str, Tensor]]:
-        """path -> statistic -> tensor, means over rows; the sums are used up."""
+        """path -> statistic -> tensor, means over rows; the sums are used up.
+
+        Grams are handed out transposed, the same matrix column by column: who turns both sides of one copies one less.
+        """
         means = {p: {k: v.div_(self.rows[p]) for k, v in sums.items()} for p, sums in self.sums.items()}
+        for stats in means.values():
+            stats |= {k: v.mT for k, v in stats.items() if k == "gram"}
         self.sums = {}
         return {p: means[leader] for p in self.sites if (leader := self.leader.get(p, p)) in means}
 

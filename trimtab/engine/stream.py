@@ -12,6 +12,7 @@ A model without repeated blocks is taken as one block.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +28,16 @@ from trimtab.formats.structure import Dropped, returned, sublayer_path
 
 RESIDENT_BYTES = 1 << 30  # a model whose fp32 weights are below this stays in memory: reading it again would cost more
 TRACED_TOKENS = 32  # the map does not depend on the length
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library give blocks of a megabyte and more back to the system as soon as they are freed.
+
+    glibc does so at first, but moves the threshold up to 32 MB as such blocks come and go; matrices below it then leave
+    holes in a heap that never shrinks. A library without this switch is left as it is.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 class _Stop(Exception):
@@ -70,15 +81,23 @@ class Stream:
         self.biases: dict[str, Tensor | None] = {}  # as they were before a packed weight corrected the mean
         self.resident = 4 * modelmap.parameters < RESIDENT_BYTES if resident is None else resident
         self._owners = _owners(self.model, set(source.names))
+        self._named = {self._stored(s): s for s in self.sites.values()}
         self._inside = {n for p in self.paths for n in self._owners if self.whole or n.startswith(p + ".")}
         self.swaps: dict[str, Packed] = {}  # of sites whose weights are not in memory while they are swapped
+        if not self.resident:
+            give_back_freed_memory()
         self._load([n for n in self._owners if self.resident or self._is_buffer(n)])
         self._handles = [] if self.resident else self._load_when_used()
 
     # ---- weights
 
     def _load(self, names: Iterable[str]) -> None:
+        """Load tensors by the source's names; of a site that earlier steps changed the changed weight."""
+        names = list(names)
+        changed = {n: s for n in names if (s := self._named.get(n)) and (s.path in self.swaps or s.path in self.packed)}
         for name in names:
+            if name in changed:
+                continue
             value = self.source.read(name)
             value = value.to(torch.float32) if value.is_floating_point() else value
             shared = nn.Parameter(value, requires_grad=False)  # one for all its owners: tied weights stay tied
@@ -87,6 +106,8 @@ class Stream:
                     module._parameters[key] = shared
                 else:
                     module._buffers[key] = value
+        for site in changed.values():  # behind their biases, which a packed weight may correct
+            self._place(site, self.swaps.get(site.path) or self.packed[site.path])
 
     def _is_buffer(self, name: str) -> bool:
         module, key = self._owners[name][0]
@@ -101,13 +122,9 @@ class Stream:
                     names.setdefault(module, []).append(name)
         handles: list[Any] = []
         for module, mine in names.items():
-            site = next((s for s in self.sites.values() if module in self._tied(s)), None)
 
-            def load(m: nn.Module, args: Any, mine: list[str] = mine, site: Site | None = site) -> None:
+            def load(m: nn.Module, args: Any, mine: list[str] = mine) -> None:
                 self._load(mine)
-                packed = site and (self.swaps.get(site.path) or self.packed.get(site.path))
-                if site and packed:
-                    self._place(site, packed)
 
             def free(m: nn.Module, args: Any, output: Any, mine: list[str] = mine) -> None:
                 self._free(mine)
@@ -130,8 +147,6 @@ class Stream:
             return
         mine = [n for n in self._inside if n.startswith(self.paths[index] + ".")]
         self._load(mine)
-        for path in [p for p in self.packed if self.sites[p].block == index]:
-            self._place(self.sites[path], self.packed[path])
         try:
             yield block
         finally:
@@ -227,16 +242,21 @@ class Stream:
             for handle in self._handles:
                 handle.remove()
             self._load(n for n in self._owners if not self._is_buffer(n))
-            for path, packed in self.packed.items():
-                self._place(self.sites[path], packed)
             self.resident = True
         return self.model
 
     def over(self, model: nn.Module, batch: Any) -> Stream:
         """A stream over this one's model after its structure was changed in place."""
-        tensors = model.state_dict(keep_vars=True)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not any(tensor is other for other in tensors.values()):  # tied ones go by their first name
+                tensors[name] = tensor
         source = replace(self.source, skeleton=lambda: model, read=lambda n: tensors[n].detach(), names=tuple(tensors))
-        return Stream(source, traced(source, batch), self.extra, resident=True)
+        changed = Stream(source, traced(source, batch), self.extra, resident=True)
+        for path in [p for p in self.packed if p not in changed.sites]:
+            del self.packed[path]
+        changed.packed, changed.biases = self.packed, self.biases
+        return changed
 
     # ---- passing items through
 

@@ -96,7 +96,7 @@ class Checkpoint:
         if absent:
             where = (weight_map or {})[absent[0]]
             what = f"the index lists {len(absent)} tensor(s) that the files do not hold, first {absent[0]!r} in {where}"
-            raise _damaged(self.path, what)
+            raise damaged(self.path, what)
         if not self._entries:
             raise UserError(f"{self.path}: holds no tensors; name a checkpoint with weights")
 
@@ -138,7 +138,7 @@ class Checkpoint:
         entry = self._entry(name)
         tensor = torch.empty(entry.shape, dtype=_torch_dtype(entry.dtype))
         if tensor.numel():
-            _read_into(entry, entry.start, tensor.reshape(-1).view(torch.uint8).numpy().data)
+            read_into(entry, entry.start, tensor.reshape(-1).view(torch.uint8).numpy().data)
         return tensor
 
     def hash(self) -> str:
@@ -165,7 +165,7 @@ class Checkpoint:
             nan = infinite = 0
             for start in range(entry.start, entry.stop, _CHUNK):
                 piece = torch.empty(min(_CHUNK, entry.stop - start), dtype=torch.uint8)
-                _read_into(entry, start, piece.numpy().data)
+                read_into(entry, start, piece.numpy().data)
                 values = piece.view(dtype)
                 values = values.float() if dtype.itemsize == 1 else values
                 isnan = int(values.isnan().sum())
@@ -190,7 +190,7 @@ _HASHES: dict[tuple[str, int, int], str] = {}
 def file_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, hexadecimal, remembered for this process by path, size and time of change."""
     path = Path(path)
-    with _reading(path) as file:
+    with reading(path) as file:
         info = os.fstat(file.fileno())
         key = (str(path.resolve()), info.st_size, info.st_mtime_ns)
         if key not in _HASHES:
@@ -201,7 +201,8 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     return _HASHES[key]
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def damaged(path: Path, what: str) -> UserError:
+    """What to say of a file that contradicts itself."""
     return UserError(f"{path}: {what}; it is damaged or incomplete: download it again")
 
 
@@ -242,12 +243,12 @@ def _pickle(path: Path) -> str:
 
 
 def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
-    with _reading(path) as file:
+    with reading(path) as file:
         raw = file.read(MAX_HEADER + 1)
     content = _json(path, raw, "index")
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise _damaged(path, "the index has no weight_map from tensor names to file names")
+        raise damaged(path, "the index has no weight_map from tensor names to file names")
     for name in sorted(set(weight_map.values())):
         plain = name == os.path.basename(name) and not set(name) & set("\\:\0")
         if plain and name.endswith(PICKLES):
@@ -256,7 +257,7 @@ def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
             only = "only .safetensors files in the index's own folder are read"
             raise UserError(f"{path}: the index names {name!r}, and {only}; correct the index or download it again")
         if not (path.parent / name).is_file():
-            raise _damaged(path, f"the index names {name}, which is missing")
+            raise damaged(path, f"the index names {name}, which is missing")
     return [path.parent / name for name in sorted(set(weight_map.values()))], weight_map
 
 
@@ -269,34 +270,34 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     Raises:
         UserError: the file is missing, cut off, no safetensors, or its header contradicts itself or the file's size.
     """
-    with _reading(path) as file:
+    with reading(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(9)
         if len(head) < 9 or head[8:] != b"{":
             raise UserError(_not_safetensors(path, head + file.read(64), size))
         length = struct.unpack("<Q", head[:8])[0]
         if length > MAX_HEADER:
-            raise _damaged(path, f"the header claims {length} bytes, more than the {MAX_HEADER} that the format allows")
+            raise damaged(path, f"the header claims {length} bytes, more than the {MAX_HEADER} that the format allows")
         if 8 + length > size:
-            raise _damaged(path, f"the file is cut off: the header claims {length} bytes and the file has {size}")
+            raise damaged(path, f"the file is cut off: the header claims {length} bytes and the file has {size}")
         raw = head[8:] + file.read(length - 1)
     header = _json(path, raw, "header")
     if not isinstance(header, dict):
-        raise _damaged(path, "the header is not a table of tensors")
+        raise damaged(path, "the header is not a table of tensors")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "the header's __metadata__ is not a table of texts")
+        raise damaged(path, "the header's __metadata__ is not a table of texts")
     base = 8 + length
     entries = {name: _entry(path, name, fields, base, size) for name, fields in header.items()}
     end, before = base, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start < end:
-            raise _damaged(path, f"the bytes of tensor {name!r} overlap those of {before}")
+            raise damaged(path, f"the bytes of tensor {name!r} overlap those of {before}")
         if entry.start > end:
-            raise _damaged(path, f"{entry.start - end} bytes before tensor {name!r} belong to nothing")
+            raise damaged(path, f"{entry.start - end} bytes before tensor {name!r} belong to nothing")
         end, before = entry.stop, repr(name)
     if end != size:
-        raise _damaged(path, f"{size - end} bytes after the last tensor belong to nothing")
+        raise damaged(path, f"{size - end} bytes after the last tensor belong to nothing")
     return entries, metadata
 
 
@@ -309,7 +310,7 @@ def _entry(path: Path, name: str, fields: Any, base: int, size: int) -> Entry:
         or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in [*shape, *offsets])
         or prod(max(n, 1) for n in shape) >= 1 << 59  # strides must fit 64 bits even where an axis is empty
     ):
-        raise _damaged(path, f"the header's entry of tensor {name!r} has no sound shape and data_offsets")
+        raise damaged(path, f"the header's entry of tensor {name!r} has no sound shape and data_offsets")
     dtype = fields.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         known = f"the types that can be read are {', '.join(DTYPES)}"
@@ -317,9 +318,9 @@ def _entry(path: Path, name: str, fields: Any, base: int, size: int) -> Entry:
     start, stop = offsets
     if stop < start or base + stop > size:
         what = f"tensor {name!r} lies in bytes {start} to {stop} of the data, of which the file holds {size - base}"
-        raise _damaged(path, f"the file is cut off: {what}")
+        raise damaged(path, f"the file is cut off: {what}")
     if prod(shape) * DTYPES[dtype][0] != stop - start:
-        raise _damaged(path, f"tensor {name!r} of shape {shape} in {dtype} does not take {stop - start} bytes")
+        raise damaged(path, f"tensor {name!r} of shape {shape} in {dtype} does not take {stop - start} bytes")
     return Entry(path, dtype, tuple(shape), base + start, base + stop)
 
 
@@ -331,13 +332,13 @@ def _json(path: Path, raw: bytes, what: str) -> Any:
         return table
 
     if len(raw) > MAX_HEADER:
-        raise _damaged(path, f"the {what} is longer than {MAX_HEADER} bytes")
+        raise damaged(path, f"the {what} is longer than {MAX_HEADER} bytes")
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=no_twins)
         json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON, but no name that can be written
         return content
     except (ValueError, RecursionError) as reason:
-        raise _damaged(path, f"the {what} is not sound JSON ({str(reason)[:80]})") from None
+        raise damaged(path, f"the {what} is not sound JSON ({str(reason)[:80]})") from None
 
 
 def _not_safetensors(path: Path, head: bytes, size: int) -> str:
@@ -366,16 +367,26 @@ def _saying(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """A file open for reading.
+
+    Raises:
+        UserError: it is missing, no regular file, or cannot be read.
+    """
     with _saying(path):
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise UserError(f"{path}: this is not a regular file; name a .safetensors file")
+            raise UserError(f"{path}: this is not a regular file; name one that holds weights")
         with open(path, "rb") as file:
             yield file
 
 
-def _read_into(entry: Entry, start: int, target: memoryview) -> None:
-    with _reading(entry.file) as file:
+def read_into(entry: Entry, start: int, target: memoryview) -> None:
+    """Fill `target` with the bytes of a tensor's file from `start` on.
+
+    Raises:
+        UserError: the file has become shorter, or cannot be read.
+    """
+    with reading(entry.file) as file:
         file.seek(start)
         done = 0
         while done < len(target):
@@ -511,5 +522,6 @@ def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
     yield struct.pack("<Q", len(raw))
     yield raw
     for name in order:
-        if tensors[name].numel():
-            yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        if count := tensors[name].numel():
+            flat = tensors[name].detach().cpu().contiguous().as_strided((count,), (1,))  # one row may have any stride
+            yield flat.view(torch.uint8).numpy().data

@@ -9,6 +9,9 @@ For each quantised linear layer the folder holds, in place of `weight`:
 
 The library offsets signed codes to 0..2**bits-1 before it packs, which is how levels store them already: bits are
 copied, nothing is rounded. Both sides say weight = (code - zero) * scale; symmetric levels have zero = 2**(bits-1).
+
+`int-quantized`, also called `naive-quantized`, is read as well: `weight` in int8, with scales and, where there are any,
+zero points in int8.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.level import Dense, Int, Level, Shape
-from trimtab.formats.checkpoint import write_safetensors
+from trimtab.formats.bitstream import unpack_bits
+from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.formats.huggingface import (
     SHARD_BYTES,
     Flow,
@@ -34,11 +41,23 @@ from trimtab.formats.huggingface import (
     write_card,
     write_config,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trimtab.formats.packed import Packed
+from trimtab.formats.integers import (
+    CURE,
+    FLOATS,
+    Foreign,
+    check_scale,
+    column_order,
+    expect,
+    group_for,
+    group_sizes,
+    groups_of,
+    level_of,
+    settle,
+    unpack_words,
+    whole_numbers,
+    words_for,
+)
+from trimtab.formats.packed import Packed
 
 BITS = (4, 8)
 GROUPS = (None, 32, 64, 128)  # what vLLM's Marlin kernels take
@@ -83,10 +102,6 @@ def export_compressed_tensors(
     Raises:
         UserError: a level or site that the format cannot express, or the tensors do not make the stock architecture.
     """
-    import torch
-
-    from trimtab.formats.packed import Packed
-
     stock = Stock(config)
     flow = Flow(tensors, stock, "compressed-tensors")
     counts: Counter[str] = Counter()
@@ -136,10 +151,6 @@ def _check(site: str, packed: Packed, stock: Stock) -> None:
 
 def pack(packed: Packed) -> dict[str, Tensor]:
     """The tensors that the format stores for a packed weight, by their names in the module."""
-    import torch
-
-    from trimtab.formats.bitstream import unpack_bits
-
     level: Int = packed.level  # type: ignore[assignment]
     rows, cols = packed.shape
     codes = unpack_bits(packed.tensors["codes"], level.bits, rows * cols).reshape(rows, cols)
@@ -156,8 +167,6 @@ def pack(packed: Packed) -> dict[str, Tensor]:
 
 def words(codes: Tensor, bits: int) -> Tensor:
     """Codes `[rows, n]` below 2**bits, of 4 or 8 bits, as int32 words `[rows, ceil(n * bits / 32)]`."""
-    import torch
-
     per_word = 32 // bits
     codes = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[1] % per_word))
     places = torch.arange(0, 32, bits, dtype=torch.int32)
@@ -193,3 +202,99 @@ def quantization_config(sites: Mapping[Int, list[str]], ignore: list[str]) -> di
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+# ---- reading
+
+
+class CompressedTensors:
+    """What `quantization_config` says of a compressed-tensors checkpoint.
+
+    Which scheme a layer has is told by the shapes of its tensors; the patterns in the configuration are not run.
+
+    Raises:
+        UserError: floating-point codes, blocks, sparsity, or numbers that make no sense.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        sparsity = config.get("sparsity_config")
+        if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
+            raise UserError(f"{where} is sparse ({sparsity['format']!r:.40}), and dense weights alone load: {CURE}")
+        groups = config.get("config_groups")
+        schemes = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+        settings = [s for s in schemes if isinstance(s, dict)]
+        for scheme in settings:
+            kind, strategy = scheme.get("type", "int"), scheme.get("strategy")
+            if kind != "int" or strategy not in ("group", "channel", "tensor", None):
+                raise UserError(
+                    f"{where} has weights of type {kind!r:.40} with a scale a {strategy!r:.40}; integers with a scale "
+                    f"a group, channel or tensor load: {CURE}"
+                )
+        self.bits = whole_numbers(settings, "num_bits", tuple(range(1, 9)), where)
+        self.groups = group_sizes(settings, "group_size", where)
+        self.symmetric = any(scheme.get("symmetric", True) for scheme in settings)
+
+    def read(self, checkpoint: Checkpoint, site: str, shape: Shape) -> Foreign:
+        """The weight of a linear layer of this shape, `(out, in)`.
+
+        Raises:
+            UserError: its tensors are missing, damaged or of another shape.
+        """
+        rows, cols = shape
+        name = f"{site}.weight"
+        where = f"{checkpoint.path}: {name}"
+        packed_codes = f"{name}_packed" in checkpoint
+        bits = self.bits[0]
+        if packed_codes:
+            found = checkpoint.shape(f"{name}_packed")
+            bits = next((b for b in self.bits if found == (rows, words_for(cols, b))), bits)
+            expect(checkpoint, f"{name}_packed", ["I32"], (rows, words_for(cols, bits)))
+            expect(checkpoint, f"{name}_shape", ["I64", "I32"], (2,))
+            if checkpoint.read(f"{name}_shape").tolist() != [rows, cols]:
+                raise UserError(f"{where}_shape is not {[rows, cols]}, as the configuration says; download it again")
+        else:
+            bits = max(self.bits)  # the codes themselves lie in int8, whatever their range
+            expect(checkpoint, name, ["I8"], shape)
+        seen = checkpoint.shape(f"{name}_scale") if f"{name}_scale" in checkpoint else ()
+        whole = seen in ((), (1,), (1, 1))  # one scale for the matrix
+        group = group_for(self.groups, cols, seen[1] if len(seen) == 2 else 1)
+        grid = (rows, groups_of(cols, group))
+        expect(checkpoint, f"{name}_scale", FLOATS, seen if whole or (group is None and seen == grid[:1]) else grid)
+        zeros = f"{name}_zero_point" in checkpoint
+        down = (words_for(rows, bits), grid[1])
+        if zeros and packed_codes and checkpoint.dtype(f"{name}_zero_point") == "I32":
+            expect(checkpoint, f"{name}_zero_point", ["I32"], down)
+        elif zeros or not self.symmetric:
+            expect(checkpoint, f"{name}_zero_point", ["I8"], seen)
+        if f"{name}_g_idx" in checkpoint:
+            expect(checkpoint, f"{name}_g_idx", ["I32", "I64"], (cols,))
+
+        def per_group(tensor: Tensor) -> Tensor:
+            return tensor.reshape(1 if whole else rows, -1).expand(grid).contiguous()
+
+        def sides() -> tuple[Tensor, Tensor | None, Tensor | None]:
+            scale = per_group(check_scale(checkpoint.read(f"{name}_scale"), f"{where}_scale"))
+            zero = order = None
+            if zeros:
+                stored = checkpoint.read(f"{name}_zero_point")
+                lanes = stored.dtype.itemsize == 4
+                zero = unpack_words(stored.T, bits, rows).T if lanes else per_group(stored).int() + (1 << (bits - 1))
+                if bool(((zero < 0) | (zero >= 1 << bits)).any()):
+                    raise UserError(f"{where}_zero_point goes beyond {bits} bits; it is damaged: download it again")
+            if f"{name}_g_idx" in checkpoint:
+                index = checkpoint.read(f"{name}_g_idx")
+                order = None if bool((index == -1).all()) else column_order(index, cols, group, f"{where}_g_idx")
+            return scale, zero, order
+
+        def packed() -> Packed:
+            scale, zero, order = sides()
+            if packed_codes:
+                codes = unpack_words(checkpoint.read(f"{name}_packed"), bits, cols)
+            else:
+                codes = checkpoint.read(name).int() + (1 << (bits - 1))
+                if bool(((codes < 0) | (codes >= 1 << bits)).any()):
+                    raise UserError(f"{where} goes beyond {bits} bits; it is damaged: download it again")
+            return settle(codes if order is None else codes[:, order], scale, zero, bits, group)
+
+        scale, zero, order = sides()
+        return Foreign(level_of(scale, zero, bits, group), shape, packed, order)

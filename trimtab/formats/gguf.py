@@ -40,10 +40,34 @@ TYPES = ("F16", "Q8_0", "Q4_0", "Q4_1")
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 BLOCK = 32
 
+# what a block of 32 weights holds: scale `d` (`e`: a power of two), offset `m`, the codes' low 4 bits with the block's
+# first half in the low nibbles, their 5th bits, or whole codes `q`
+LAYOUTS: dict[str, list[tuple[Any, ...]]] = {
+    "Q4_0": [("d", "<f2"), ("low", "u1", BLOCK // 2)],
+    "Q4_1": [("d", "<f2"), ("m", "<f2"), ("low", "u1", BLOCK // 2)],
+    "Q5_0": [("d", "<f2"), ("high", "u1", BLOCK // 8), ("low", "u1", BLOCK // 2)],
+    "Q5_1": [("d", "<f2"), ("m", "<f2"), ("high", "u1", BLOCK // 8), ("low", "u1", BLOCK // 2)],
+    "Q8_0": [("d", "<f2"), ("q", "i1", BLOCK)],
+    "MXFP4": [("e", "u1"), ("low", "u1", BLOCK // 2)],
+}
+
 # how llama.cpp splits text before it merges, by the pattern that tokenizer.json splits with
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PRE_TOKENIZERS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+
+
+def package() -> Any:
+    """The package gguf, which knows the format's names and numbers.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF files need the package gguf; install it with `pip install 'trimtab[formats]'`") from None
+    return gguf
 
 
 def block_type(level: Level, shape: Shape) -> str | None:
@@ -84,42 +108,36 @@ def blocks(packed: Packed) -> tuple[np.ndarray, bool] | None:
     def per_block(values: Tensor) -> np.ndarray:
         groups = values.reshape(rows, -1)
         repeat = codes.shape[1] if level.group is None else level.group // BLOCK
-        return groups.repeat_interleave(repeat, dim=1)[:, : codes.shape[1], None].numpy()
+        return groups.repeat_interleave(repeat, dim=1)[:, : codes.shape[1]].numpy()
 
+    made = np.empty(codes.shape[:2], dtype=LAYOUTS[kind])
+    exact = True
     if kind == "MXFP4":
-        return _join(rows, per_block(packed.tensors["scale"]), _nibbles(codes)), True
-    scale = per_block(load_scale(packed.tensors, level.scale))
-    with np.errstate(over="ignore"):
-        d = scale.astype(np.float16)
-    if not np.array_equal(d.astype(np.float32), scale):
-        return None
-    symmetric = isinstance(level, Int) and level.symmetric
-    zero = np.float32(1 << (bits - 1)) if symmetric else per_block(packed.tensors["zero"].float())
-    if kind == "Q8_0":
-        return _join(rows, d, (codes - zero).astype(np.int8)), True
-    if kind in ("Q4_0", "Q5_0"):
-        codes = codes + ((8 if kind == "Q4_0" else 16) - (1 << (bits - 1)))
-        offset, exact = [], True
+        made["e"] = per_block(packed.tensors["scale"])
     else:
+        scale = per_block(load_scale(packed.tensors, level.scale))
         with np.errstate(over="ignore"):
-            m = (-zero * scale).astype(np.float16)
-        if not np.isfinite(m).all():
+            made["d"] = scale
+        if not np.array_equal(made["d"].astype(np.float32), scale):
             return None
-        offset, exact = [m], np.array_equal(m.astype(np.float32), -zero * scale)
-    high = [np.packbits((codes >> 4).astype(np.uint8), axis=-1, bitorder="little")] if kind.startswith("Q5") else []
-    return _join(rows, d, *offset, *high, _nibbles(codes)), exact
-
-
-def _nibbles(codes: np.ndarray) -> np.ndarray:
-    """The low 4 bits of 32 codes in 16 bytes: the block's first half in the low nibbles, the second in the high."""
-    half = BLOCK // 2
-    return ((codes[..., :half] & 15) | (codes[..., half:] & 15) << 4).astype("uint8")
-
-
-def _join(rows: int, *parts: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], axis=-1).reshape(rows, -1)
+        symmetric = isinstance(level, Int) and level.symmetric
+        zero = np.full_like(scale, 1 << (bits - 1)) if symmetric else per_block(packed.tensors["zero"].float())
+        if kind in ("Q4_0", "Q5_0"):
+            codes = codes + ((8 if kind == "Q4_0" else 16) - (1 << (bits - 1)))
+        elif kind == "Q8_0":
+            made["q"] = codes - zero[..., None]
+        else:
+            with np.errstate(over="ignore"):
+                made["m"] = -zero * scale
+            if not np.isfinite(made["m"]).all():
+                return None
+            exact = np.array_equal(made["m"].astype(np.float32), -zero * scale)
+    if kind != "Q8_0":
+        half = BLOCK // 2
+        made["low"] = (codes[..., :half] & 15) | (codes[..., half:] & 15) << 4
+    if kind.startswith("Q5"):
+        made["high"] = np.packbits((codes >> 4).astype(np.uint8), axis=-1, bitorder="little")
+    return made.view(np.uint8).reshape(rows, -1), exact
 
 
 def export_gguf(
@@ -148,13 +166,7 @@ def export_gguf(
     """
     if type not in TYPES:
         raise UserError(f"asked for GGUF type {type!r}; the types are {', '.join(TYPES)}")
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "exporting to GGUF needs the package gguf; install it with `pip install 'trimtab[formats]'`"
-        ) from None
-
+    gguf = package()
     stock = Stock(config)
     if stock.kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)

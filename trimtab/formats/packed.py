@@ -5,17 +5,33 @@ For every level `packed.nbytes == level.bytes(shape)`, exactly. Codes lie end to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, log2, prod
 
 import torch
 from torch import Tensor
 
-from trimtab.core.level import NM, Codebook, Dense, Float, Int, Level, Plus, Rank, Shape, Sparse, rows_cols
+from trimtab.core.level import (
+    NM,
+    Codebook,
+    Dense,
+    Float,
+    Int,
+    Level,
+    Plus,
+    Rank,
+    Shape,
+    Sparse,
+    packed_bytes,
+    rows_cols,
+)
 from trimtab.formats.bitstream import pack_bits, unpack_bits
 from trimtab.formats.minifloat import encode_magnitude, magnitudes
 
+_TILE = 1 << 17  # weights that are decoded together: what decoding holds besides is small, and in the cache
+_LAST_SCALE = {"e8m0": 254, "e4m3": 126}  # the largest code of a scale; what follows is NaN
+_FP8 = {(e, m): len(magnitudes(e, m)) for e, m in ((4, 3), (5, 2))}  # formats in which not every code has a value
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,7 +56,36 @@ class Packed:
 
     def dense(self) -> Tensor:
         """The weight in fp32, in the original's shape."""
-        return _DECODE[type(self.level)](self).reshape(self.shape)
+        rows, cols = rows_cols(self.shape)
+        step = max(8, _TILE // cols // 8 * 8)  # rows whose codes end on a byte
+        if not isinstance(self.level, Int | Float) or rows <= step:
+            return _DECODE[type(self.level)](self).reshape(self.shape)
+        weight = torch.empty(rows, cols)
+        for first in range(0, rows, step):
+            part = _rows(self, first, min(first + step, rows))
+            weight[first : first + step] = _DECODE[type(self.level)](part)
+        return weight.reshape(self.shape)
+
+    def flaw(self) -> str | None:
+        """What no packing stores, as damage to a file leaves it, in a phrase; None where all can be read."""
+        level = self.level.base if isinstance(self.level, Plus) else self.level
+        for name, (dtype, shape) in layout(self.level, self.shape).items():
+            tensor = self.tensors[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                return f"{tensor.dtype} {list(tensor.shape)} as `{name}`, where {level} takes {dtype} {list(shape)}"
+            if dtype.is_floating_point and not bool(tensor.isfinite().all()):
+                return f"NaN or infinite values in `{name}`"
+        match level:
+            case Int() | Float() if int(self.tensors["scale"].max()) > _LAST_SCALE.get(level.scale, 65504):
+                return f"codes of NaN in `scale` ({level.scale})"
+            case Float() if int((self.tensors["codes"] & 127).max()) >= _FP8.get((level.e, level.m), 128):
+                return f"codes of NaN or infinity in `codes` (e{level.e}m{level.m})"
+            case NM() if int(_places(self, level).max()) >= level.m:
+                return f"places beyond {level.m} in `places`"
+            case Sparse():
+                kept, asked = int(unpack_bits(self.tensors["mask"], 1, prod(self.shape)).sum()), level.kept(self.shape)
+                return f"a `mask` of {kept} weights, where {level} keeps {asked}" if kept != asked else None
+        return None
 
     def bias(self) -> Tensor | None:
         """The vector that corrects the mean of the output, where the level stores one."""
@@ -168,16 +213,41 @@ def row_separable(level: Level) -> bool:
     return isinstance(level, Int | Float) and level.scale != "e4m3"
 
 
-def join_rows(parts: list[Packed]) -> Packed:
-    """Packed runs of rows, end to end; of several, the level is row-separable, and all but the last fill bytes."""
-    if len(parts) == 1:
-        return parts[0]
-    assert all(row_separable(p.level) and p.level == parts[0].level for p in parts)
-    tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors}
-    return Packed(parts[0].level, (sum(p.shape[0] for p in parts), *parts[0].shape[1:]), tensors)
+def join_rows(parts: Iterable[Packed], shape: Shape) -> Packed | None:
+    """Packed runs of rows, end to end; None where their levels differ. Of several, the level is row-separable, and all
+    but the last fill bytes.
+
+    Each run is put in its place before the next is made: small tensors that stay behind between large ones that go
+    would leave a heap full of holes.
+    """
+    whole: Packed | None = None
+    filled: dict[str, int] = {}
+    for part in parts:
+        if part.shape == shape:
+            return part
+        if whole is None:
+            tensors = {name: torch.empty(s, dtype=dtype) for name, (dtype, s) in layout(part.level, shape).items()}
+            whole, filled = Packed(part.level, shape, tensors), dict.fromkeys(tensors, 0)
+        if part.level != whole.level:
+            return None
+        for name, tensor in part.tensors.items():
+            whole.tensors[name][filled[name] : filled[name] + len(tensor)] = tensor
+            filled[name] += len(tensor)
+    assert whole is not None and row_separable(whole.level)
+    return whole
 
 
 # ---- from stored tensors to the weight
+
+
+def _rows(p: Packed, first: int, last: int) -> Packed:
+    """Rows `first .. last` of integers or minifloats, where `first` is a multiple of 8."""
+    level, (_, cols) = p.level, rows_cols(p.shape)
+    assert isinstance(level, Int | Float)
+    bits = level.bits if isinstance(level, Int) else 1 + level.e + level.m
+    codes = p.tensors["codes"][first * cols * bits // 8 : packed_bytes(last * cols, bits)]
+    rows = {name: p.tensors[name][first:last] for name in ("scale", "zero") if name in p.tensors}
+    return Packed(level, (last - first, cols), {**p.tensors, "codes": codes, **rows})
 
 
 def hadamard_blocks(weight: Tensor, block: int) -> Tensor:
@@ -241,12 +311,17 @@ def _sparse(p: Packed) -> Tensor:
     return torch.zeros(prod(p.shape)).masked_scatter_(mask, p.tensors["values"].float())
 
 
+def _places(p: Packed, level: NM) -> Tensor:
+    """Where in its group each kept weight stands, `[groups, n]`."""
+    width = max(1, ceil(log2(level.m)))
+    return unpack_bits(p.tensors["places"], width, level.kept(p.shape)).reshape(-1, level.n).long()
+
+
 def _nm(p: Packed) -> Tensor:
     level: NM = p.level  # type: ignore[assignment]
     rows, cols = rows_cols(p.shape)
     groups = ceil(cols / level.m)
-    width = max(1, ceil(log2(level.m)))
-    place = unpack_bits(p.tensors["places"], width, rows * groups * level.n).reshape(-1, level.n).long()
+    place = _places(p, level)
     flat = torch.zeros(rows * groups, level.m).scatter_(1, place, p.tensors["values"].float().reshape(-1, level.n))
     return flat.reshape(rows, -1)[:, :cols]
 
@@ -260,7 +335,8 @@ def _plus(p: Packed) -> Tensor:
     base = Packed(
         level.base, p.shape, {k: v for k, v in p.tensors.items() if not k.startswith("extra_") and k != "bias"}
     )
-    return base.dense().reshape(rows_cols(p.shape)) + p.tensors["extra_left"].float() @ p.tensors["extra_right"].float()
+    correction = p.tensors["extra_left"].float() @ p.tensors["extra_right"].float()
+    return correction.add_(base.dense().reshape(rows_cols(p.shape)))
 
 
 _DECODE: dict[type[Level], Callable[[Packed], Tensor]] = {
@@ -270,26 +346,46 @@ _DECODE: dict[type[Level], Callable[[Packed], Tensor]] = {
 
 def tensor_names(level: Level) -> tuple[str, ...]:
     """Names of the tensors that a packed weight of this level stores."""
+    return tuple(layout(level, (1, 1)))
+
+
+def layout(level: Level, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Type and shape of each tensor that a packed weight of this level and shape stores."""
+    rows, cols = rows_cols(shape)
+    half, byte = torch.float16, torch.uint8
     match level:
         case Dense():
-            return ("weight",)
-        case Int():
-            return (
-                "codes",
-                "scale",
-                *(["matrix_scale"] if level.scale == "e4m3" else []),
-                *([] if level.symmetric else ["zero"]),
-            )
-        case Float():
-            return ("codes", "scale", *(["matrix_scale"] if level.scale == "e4m3" else []))
+            return {"weight": (DTYPES[level.dtype], shape)}
+        case Int() | Float():
+            bits = level.bits if isinstance(level, Int) else 1 + level.e + level.m
+            groups = (rows, 1 if level.group is None else ceil(cols / level.group))
+            found = {
+                "codes": (byte, (packed_bytes(rows * cols, bits),)),
+                "scale": (half if level.scale == "f16" else byte, groups),
+            }
+            if level.scale == "e4m3":
+                found["matrix_scale"] = (torch.float32, (1,))
+            if isinstance(level, Int) and not level.symmetric:
+                found["zero"] = (byte, groups)
+            return found
         case Codebook():
-            return ("codes", "book", *(["residual_codes", "residual_book"] if level.residual else []))
+            found = {}
+            for name, size in (("", level.size), ("residual_", level.residual)):
+                if size:
+                    vectors = rows * ceil(cols / level.dim)
+                    found[f"{name}codes"] = (byte, (packed_bytes(vectors, int(log2(size))),))
+                    found[f"{name}book"] = (half, (size, level.dim))
+            return found
         case Sparse():
-            return ("mask", "values")
+            return {"mask": (byte, (packed_bytes(rows * cols, 1),)), "values": (half, (level.kept(shape),))}
         case NM():
-            return ("places", "values")
+            kept = level.kept(shape)
+            places = packed_bytes(kept, max(1, ceil(log2(level.m))))
+            return {"places": (byte, (places,)), "values": (half, (kept,))}
         case Rank():
-            return ("left", "right", *(["bias"] if level.bias else []))
+            found = {"left": (half, (rows, level.rank)), "right": (half, (level.rank, cols))}
+            return found | ({"bias": (half, (rows,))} if level.bias else {})
         case Plus():
-            return (*tensor_names(level.base), "extra_left", "extra_right", *(["bias"] if level.extra.bias else []))
+            extra = {k if k == "bias" else f"extra_{k}": v for k, v in layout(level.extra, shape).items()}
+            return layout(level.base, shape) | extra
     raise AssertionError(level)

@@ -11,6 +11,7 @@ edit.
 | `resize` | a module's weight, or a bare parameter, gets another shape | `shape`, `bias`, `groups` |
 | `norm` | a layer norm becomes an RMS norm | `width`, `eps` |
 | `factor` | a linear or convolution becomes two thin ones | `rank` |
+| `gather` | the inputs of a linear are put into another order before it | |
 | `shortcut` | the residual passes a matrix on its way around a branch | `norm`, `branch`, `width` |
 | `untie` | a weight that was shared becomes the module's own | |
 """
@@ -105,6 +106,24 @@ class Factored(nn.Module):
 
 
 # ---- weights as methods see them
+
+
+class Gathered(nn.Module):
+    """A linear whose columns lie in another order than its inputs: `linear(x[..., order])`.
+
+    Args:
+        linear: the linear itself.
+        order: `[in]`, the input that each column multiplies; a buffer that is loaded like a weight.
+    """
+
+    def __init__(self, linear: nn.Linear, order: Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.order: Tensor
+        self.register_buffer("order", order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.index_select(-1, self.order))
 
 
 def flipped(module: nn.Module) -> bool:
@@ -341,6 +360,15 @@ def _factor(model: nn.Module, path: str, rank: int) -> None:
     swap(model, path, Factored(right, left))
 
 
+def _gather(model: nn.Module, path: str) -> None:
+    old = _module(model, "gather", path)
+    if type(old) is not nn.Linear:
+        raise UserError(f"edit gather: {path!r} is {type(old).__name__}; the inputs of a linear are gathered")
+    made = {"device": old.weight.device, "dtype": old.weight.dtype}
+    linear = nn.Linear(old.in_features, old.out_features, old.bias is not None, **made)
+    swap(model, path, Gathered(linear, torch.arange(old.in_features, dtype=torch.int32)))
+
+
 def _shortcut(model: nn.Module, path: str, norm: str, branch: str, width: int) -> None:
     parent, _, key = path.rpartition(".")
     before, behind = _module(model, "shortcut", norm), _module(model, "shortcut", branch)
@@ -375,6 +403,7 @@ OPS: dict[str, Callable[..., None]] = {
     "resize": _resize,
     "norm": _norm,
     "factor": _factor,
+    "gather": _gather,
     "shortcut": _shortcut,
     "untie": _untie,
 }
@@ -534,7 +563,7 @@ def plain_config_changes(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -
     """
     edits = list(edits)
     config = getattr(model, "config", None)
-    if config is None or any(e["op"] in ("drop", "norm", "factor", "shortcut") for e in edits):
+    if config is None or any(e["op"] in ("drop", "norm", "factor", "gather", "shortcut") for e in edits):
         return None
     changes: dict[str, Any] = {}
     if any(e["op"] == "remove" for e in edits):

@@ -26,6 +26,8 @@ from trimtab.models.source import fill, skeleton_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trimtab.formats.checkpoint import Checkpoint
+
 FORMAT = 1
 MANIFEST = "trimtab.json"
 SHARD = 1 << 30
@@ -150,12 +152,17 @@ def open_artifact(folder: Path | str) -> Contents:
                 f"{level.bytes(matrix)}; fit the model again"
             )
         names -= set(parts.values())
-        packed[name] = partial(_unpacked, checkpoint.read, level, matrix, parts)
+        packed[name] = partial(_unpacked, checkpoint, name, level, matrix, parts)
     return Contents(folder, manifest, packed, tuple(sorted(names)), checkpoint.read)
 
 
-def _unpacked(read: Callable[[str], Tensor], level: Level, matrix: tuple[int, ...], parts: dict[str, str]) -> Packed:
-    return Packed(level, matrix, {k: read(v) for k, v in parts.items()})
+def _unpacked(
+    checkpoint: Checkpoint, name: str, level: Level, matrix: tuple[int, ...], parts: dict[str, str]
+) -> Packed:
+    packed = Packed(level, matrix, {k: checkpoint.read(v) for k, v in parts.items()})
+    if flaw := packed.flaw():
+        raise UserError(f"{checkpoint.path} is damaged: {name} holds {flaw}; fit the model again")
+    return packed
 
 
 def dense_parameter(contents: Contents, name: str) -> Tensor:

@@ -246,7 +246,7 @@ def fill(menu: Menu, plan: Plan, goal: str, limits: Mapping[str, float]) -> Plan
             cost, left = menu.cost(name), limit - menu.total(plan, name)
             extra = cost[units, rows] - (cost[menu.index, plan])[units]
             allowed &= extra <= left
-            share += np.maximum(extra, 0.0) / (left if left > 0 else 1.0)
+            share += np.where(extra <= left, np.maximum(extra, 0.0), 0.0) / (left if left > 0 else 1.0)
         if not allowed.any():
             return plan
         free = allowed & (share == 0)

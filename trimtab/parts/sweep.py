@@ -6,13 +6,16 @@ GPTQ, SparseGPT, MR-GPTQ and vector quantisers are this one sweep with another r
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trimtab.core.errors import UserError
 
+PANEL = 512  # columns of the factor of a gram that are worked out together
 Choose = Callable[[Tensor, int, Tensor], Tensor]
 Begin = Callable[[Tensor, int, Tensor], None]
 
@@ -73,20 +76,21 @@ def obs_sweep(
     place = list(range(cols))
     if order == "activation":
         by = gram.diagonal().argsort(descending=True, stable=True)
-        weight, gram, place = weight[:, by], gram[by][:, by], by.tolist()
+        weight, gram, place = weight[:, by], gram[by[:, None], by], by.tolist()
 
     m = _factor(gram, damp)
-    d = 1 / m.diagonal()
+    diagonal = m.diagonal()
+    d = 1 / diagonal
     span = span or cols
     run = span if span <= block else step  # a block holds whole runs, or else whole steps
     width = max(block // run * run, run)
     chosen, error = torch.empty_like(weight), torch.empty_like(weight)
 
-    def compensated(j0: int, j1: int) -> tuple[Tensor, Tensor]:
-        """Columns `j0 .. j1` given all that was chosen before `j0`, and U of those columns."""
-        eye = torch.eye(j1 - j0)
-        u = torch.linalg.solve_triangular(m[j0:j1, j0:j1], eye, upper=True)
-        return weight[:, j0:j1] + (error[:, :j0] @ m[:j0, j0:j1]) @ u, u
+    def compensated(j0: int, j1: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns `j0 .. j1` given all that was chosen before `j0`, and U and M of those columns."""
+        above = m.columns(j0, j1)
+        u = torch.linalg.solve_triangular(above[j0:], torch.eye(j1 - j0), upper=True)
+        return weight[:, j0:j1] + (error[:, :j0] @ above[:j0]) @ u, u, above[j0:]
 
     j0 = 0
     while j0 < cols:
@@ -94,7 +98,7 @@ def obs_sweep(
         if begin and j0 % span == 0 and span > width:
             end = min(j0 + span, cols)
             begin(compensated(j0, end)[0], j0, d[j0:end])
-        columns, u = compensated(j0, j1)
+        columns, u, triangle = compensated(j0, j1)
         now = columns.t().contiguous()  # a column a row: what the loop below touches lies together
         stands = torch.empty_like(now)
         for i in range(0, j1 - j0, step):
@@ -108,7 +112,7 @@ def obs_sweep(
             if i + k < j1 - j0:
                 missed = here - value
                 # (w - q) U[J, J]^-1 = (w - q) M[J, J]
-                scaled = missed.mul_(m[j, j]) if k == 1 else m[j : j + k, j : j + k].t() @ missed
+                scaled = missed.mul_(diagonal[j]) if k == 1 else triangle[i : i + k, i : i + k].t() @ missed
                 now[i + k :].addmm_(u[i : i + k, i + k :].t(), scaled, alpha=-1)
         chosen[:, j0:j1] = stands.t()
         error[:, j0:j1] = weight[:, j0:j1] - chosen[:, j0:j1]
@@ -119,34 +123,64 @@ def obs_sweep(
     return chosen
 
 
-def _factor(gram: Tensor, damp: float) -> Tensor:
-    """Upper triangular M with M M^T = gram + lambda I: the Cholesky factor of the matrix read backwards."""
+@dataclass(frozen=True)
+class _Upper:
+    """An upper triangular matrix as panels of neighbouring columns, each down to its own diagonal: half a square.
+
+    Of 8,192 inputs the square takes 268 MB.
+    """
+
+    panels: tuple[Tensor, ...]
+
+    def columns(self, a: int, b: int) -> Tensor:
+        """Columns `a .. b`, down to row `b`."""
+        found = []
+        for panel in self.panels:
+            last, width = panel.shape
+            first = last - width
+            if first < b and a < last:
+                part = panel[:b, max(a - first, 0) : b - first]
+                found.append(pad(part, (0, 0, 0, b - len(part))))
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal."""
+        return torch.cat([p[-p.shape[1] :].diagonal() for p in self.panels])
+
+
+def _factor(gram: Tensor, damp: float) -> _Upper:
+    """Upper triangular M with M M^T = gram + lambda I."""
     diagonal = gram.diagonal()
     if not bool(diagonal.isfinite().all()):
         raise UserError("the gram is not finite: look for infinities in the activations of the calibration data")
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones(())
     for _ in range(8):
-        h = _flip(gram.div(mean))
-        edge = h.diagonal()
-        edge[dead.flip(0)] = 1.0
-        edge += damp
-        factor, info = torch.linalg.cholesky_ex(h)
-        del h
-        if int(info) == 0 and bool(factor.diagonal().isfinite().all()):
-            return _flip(factor).mul_(mean.sqrt())
+        panels = []
+        for start in range(0, len(gram), PANEL):
+            panels.append(gram[: start + PANEL, start : start + PANEL].div(mean))
+            edge = panels[-1][start:].diagonal()
+            edge[dead[start : start + PANEL]] = 1.0
+            edge += damp
+        if _cholesky(panels):
+            return _Upper(tuple(p.mul_(mean.sqrt()) for p in panels))
         damp = max(10 * damp, 1e-4)
     raise UserError(f"the gram is not positive definite, even damped by {damp / 10:g} times its mean diagonal")
 
 
-def _flip(matrix: Tensor) -> Tensor:
-    """Read a square matrix backwards, in place: a gram of 8,192 inputs and each copy of it take 268 MB."""
-    n = len(matrix)
-    for a in range(0, n // 2, 256):
-        b = min(a + 256, n // 2)
-        top = matrix[a:b].flip(0, 1)
-        matrix[a:b] = matrix[n - b : n - a].flip(0, 1)
-        matrix[n - b : n - a] = top
-    if n % 2:
-        matrix[n // 2] = matrix[n // 2].flip(0)
-    return matrix
+def _cholesky(panels: list[Tensor]) -> bool:
+    """Factor a symmetric matrix, of which the panels of the upper triangle are given, into M M^T, in place and from
+    the last panel to the first; whether it was positive definite.
+    """
+    for i in reversed(range(len(panels))):
+        panel = panels[i]
+        start = len(panel) - panel.shape[1]
+        corner, info = torch.linalg.cholesky_ex(panel[start:].flip(0, 1))
+        if int(info) or not bool(corner.diagonal().isfinite().all()):
+            return False
+        panel[start:] = corner.flip(0, 1)  # read backwards, the lower triangular factor is the upper triangular one
+        panel[:start] = torch.linalg.solve_triangular(panel[start:].t(), panel[:start], upper=False, left=False)
+        for other in panels[:i]:
+            rows = len(other)
+            other.addmm_(panel[:rows], panel[rows - other.shape[1] : rows].t(), alpha=-1)
+    return True
