@@ -146,7 +146,7 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
             opened = open_quantised(path)
             module = build(opened.contents, opened.skeleton, packed=packed)
             task = opened.contents.manifest["task"]
-            return Loaded(module, opened.tokenizer(), task, str(path), tuple(opened.notes))
+            return Loaded(module, opened.tokenizer(), task, str(path), notes=tuple(opened.notes))
         source = open_source(str(path))
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
         return Loaded(source.materialise(), tokenizer, source.task, source.name)
