@@ -182,7 +182,7 @@ def _scale(model: nn.Module, norm: Norm, groups: int = 1) -> Scale:
 def _heads(
     model: nn.Module, found: ModelMap, sublayer: Sublayer, at: Attention, norm: Scale, doors: set[str | None]
 ) -> Heads:
-    if at.q is None or at.k is None or at.v is None or at.o != sublayer.output:
+    if at.q is None or at.k is None or at.v is None or at.o is None or at.o != sublayer.output:
         raise Unknown(f"the attention of {sublayer.path}, whose projections are not one each")
     inputs = tuple(dict.fromkeys((at.q, at.k, at.v)))
     if len(inputs) == 2 or set(inputs) != set(sublayer.inputs):
@@ -194,7 +194,8 @@ def _heads(
     if len(inner) not in (0, 2):
         raise Unknown(f"{len(inner)} norms inside the attention of {sublayer.path}")
     groups = [h if n.width == at.head_size else 1 for n, h in zip(inner, (at.heads, at.kv_heads), strict=False)]
-    between = [_scale(model, n, g) for n, g in zip(inner, groups, strict=True)] or [None, None]
+    between: list[Scale | None] = [_scale(model, n, g) for n, g in zip(inner, groups, strict=True)]
+    between = between or [None, None]
     return Heads(
         norm,
         inputs,
@@ -317,8 +318,8 @@ class Weights:
         held = getattr(module, "packed", None)
         if isinstance(held, Packed):
             return held
-        weight = module.weight.detach()
-        return weight.T if self.sites[path].transposed else weight  # type: ignore[operator]
+        weight = module.get_parameter("weight").detach()
+        return weight.T if self.sites[path].transposed else weight
 
     def _make(self, matrices: list[Any]) -> Any | None:
         """One weight of these matrices; None where several are not stored alike."""
@@ -351,7 +352,8 @@ def _linear(module: nn.Module, weight: Any, first: int, rows: int) -> Callable[[
     def forward(x: Tensor) -> Tensor:
         y = weight.apply(np.ascontiguousarray(x.detach().reshape(-1, x.shape[-1]).float().numpy()))
         out = torch.from_numpy(y[:, first : first + rows]).reshape(*x.shape[:-1], rows)
-        return out if module.bias is None else out + module.bias
+        bias = getattr(module, "bias", None)
+        return out if bias is None else out + bias
 
     return forward
 
