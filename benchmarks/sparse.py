@@ -5,14 +5,14 @@
 2. ResNet-20 (the trained one where TRIMTAB_DATA names it, else of random weights) and a MobileNet-like network of
    depthwise and pointwise convolutions at 32 x 32 and 112 x 112 pixels, for 1 and 32 images. Batch normalisation is
    folded into the convolutions on both sides. All convolutions but the first and the depthwise ones are pruned by
-   magnitude, row by row; those two kinds keep all weights, and run on the same kernel. The dense baseline is torch's own
-   convolution (oneDNN), in the faster of its two layouts.
+   magnitude, row by row; those two kinds keep all weights, and run on the same kernel. The dense baseline is torch's
+   own convolution (oneDNN), in the faster of its two layouts.
 
-Every ratio is dense seconds / sparse seconds, both the least of several turns taken in turn, in seconds of the processor
-on one thread, which a busy machine changes less than those on the wall; what is read from memory is compared with the
-limit that is measured in the same run. That the sparse
-outputs equal the dense ones with the same zeros is checked, or there is no ratio. A markdown table is printed, a JSON line
-appended to records/benchmarks/sparse.jsonl, and docs/sparse-speed.md written from it.
+Every ratio is dense seconds / sparse seconds, both the least of several turns taken in turn, in seconds of the
+processor on one thread, which a busy machine changes less than those on the wall; what is read from memory is compared
+with the limit that is measured in the same run. That the sparse outputs equal the dense ones with the same zeros is
+checked, or there is no ratio. A markdown table is printed, a JSON line appended to records/benchmarks/sparse.jsonl, and
+docs/sparse-speed.md written from it.
 
     python benchmarks/sparse.py             # some minutes
     python benchmarks/sparse.py --small     # small shapes, to see that it runs; nothing is recorded
@@ -52,7 +52,7 @@ AGREE = 1e-3  # of the largest output; bf16 is not compared
 
 
 def least(works: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """The least seconds of the processor that each piece of work takes, all of them once a turn, after one to warm up."""
+    """The least seconds of the processor that each piece takes, all of them once a turn, after a turn to warm up."""
     found = dict.fromkeys(works, float("inf"))
     for turn in range(turns + 1):
         for name, work in works.items():
@@ -92,7 +92,9 @@ def limits(turns: int) -> dict[str, float]:
     """What the machine reads (GB/s, a set far beyond the caches) and multiplies in fp32 (GFLOP/s, torch's product)."""
     big, square = torch.ones(1 << 27), torch.randn(2048, 2048)
     took = least({"read": big.sum, "multiply": lambda: square @ square}, turns)
-    return _rounded({"read_gb_s": big.nbytes / took["read"] / 1e9, "fp32_gflop_s": 2 * 2048**3 / took["multiply"] / 1e9})
+    return _rounded(
+        {"read_gb_s": big.nbytes / took["read"] / 1e9, "fp32_gflop_s": 2 * 2048**3 / took["multiply"] / 1e9}
+    )
 
 
 def linear(rows: int, cols: int, turns: int) -> list[dict[str, Any]]:
@@ -130,7 +132,7 @@ def linear(rows: int, cols: int, turns: int) -> list[dict[str, Any]]:
 
 
 class Separable(nn.Sequential):
-    """A depthwise 3x3 and a pointwise convolution, each with its normalisation (Howard et al. 2017, arXiv:1704.04861)."""
+    """A depthwise 3x3 and a pointwise convolution, both normalised (Howard et al. 2017, arXiv:1704.04861)."""
 
     def __init__(self, inside: int, width: int, stride: int) -> None:
         super().__init__(
@@ -239,7 +241,12 @@ def tables(row: Mapping[str, Any]) -> str:
         ratios = f"{r['to_fp32']:.2f} | {r['to_bf16']:.2f}"
         lines.append(f"| {rows} x {cols} | {r['level']} | {r['m']} | {ratios} | {share} |")
     lines += ["", "A share above 100 % means that the packed weight stayed in the last cache between turns.", ""]
-    lines += ["## Networks", "", f"| network | pixels | images | {' | '.join(CONV)} |", "|---|---|---|" + "---|" * len(CONV)]
+    lines += [
+        "## Networks",
+        "",
+        f"| network | pixels | images | {' | '.join(CONV)} |",
+        "|---|---|---|" + "---|" * len(CONV),
+    ]
     for r in row["networks"]:
         ratios = " | ".join(f"{r['to_dense'][text]:.2f}" for text in CONV)
         lines.append(f"| {r['network']} | {r['pixels']} | {r['images']} | {ratios} |")
@@ -251,12 +258,13 @@ def _wins(row: Mapping[str, Any]) -> list[str]:
     lines = []
     for shape, m in dict.fromkeys((tuple(r["shape"]), r["m"]) for r in row["linear"]):
         rows = [r for r in row["linear"] if tuple(r["shape"]) == shape and r["m"] == m]
-        said = _from([(r["level"], r["to_fp32"]) for r in rows if "%" in r["level"]])
-        pattern = next(r for r in rows if r["level"] == "2:4")
-        verdict = "wins" if pattern["to_fp32"] > 1 else "loses"
-        lines.append(f"- {shape[0]} x {shape[1]}, {m} inputs: unstructured {said}; 2:4 {verdict} ({pattern['to_fp32']:.2f}).")
+        for other in ("fp32", "bf16"):
+            said = _from([(r["level"], r[f"to_{other}"]) for r in rows if "%" in r["level"]])
+            pattern = next(r[f"to_{other}"] for r in rows if r["level"] == "2:4")
+            verdict = f"2:4 {'wins' if pattern > 1 else 'loses'} ({pattern:.2f})"
+            lines.append(f"- {shape[0]} x {shape[1]}, {m} inputs, against {other}: unstructured {said}; {verdict}.")
     for r in row["networks"]:
-        where = f"{r['network']} at {r['pixels']} pixels, {r['images']} images"
+        where = f"{r['network']} at {r['pixels']} pixels, {r['images']} images, against fp32"
         lines.append(f"- {where}: unstructured {_from(list(r['to_dense'].items()))}.")
     return lines
 
@@ -275,10 +283,10 @@ def page(row: Mapping[str, Any]) -> str:
     """docs/sparse-speed.md."""
     head = """# Speed of sparse weights
 
-From which sparsity on is a sparse weight faster than a dense one, on the kernels that Trimtab brings? Every number below is
-dense seconds divided by sparse seconds, both of the processor, on one thread, in one run: above 1, sparse is faster. This
-page is written by `benchmarks/sparse.py` from the last line of `records/benchmarks/sparse.jsonl`. Outputs are
-allocated anew by each call on both sides; the kernels ask for huge pages, torch does not, and large outputs show it.
+From which sparsity on is a sparse weight faster than a dense one, on the kernels that Trimtab brings? Every number
+below is dense seconds divided by sparse seconds, both of the processor, on one thread, in one run: above 1, sparse is
+faster. This page is written by `benchmarks/sparse.py` from the last line of `records/benchmarks/sparse.jsonl`. Outputs
+are allocated anew by each call on both sides; the kernels ask for huge pages, torch does not, and it shows.
 
 """
     return head + tables(row)

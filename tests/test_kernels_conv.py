@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from types import ModuleType
 
 import numpy as np
@@ -98,3 +99,10 @@ def test_what_does_not_fit_is_refused(module: ModuleType) -> None:
         PackedConv2d(
             pack_dense(torch.zeros(1, 1, 3, 3), Dense("fp16")), nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
         )
+
+
+def test_the_page_of_speeds_is_its_record() -> None:
+    from benchmarks.sparse import PAGE, RECORD, page
+
+    row = json.loads(RECORD.read_text("utf-8").splitlines()[-1])
+    assert PAGE.read_text("utf-8") == page(row)

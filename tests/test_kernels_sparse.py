@@ -67,7 +67,9 @@ def test_masked(module: ModuleType, rows: int, cols: int, m: int, ratio: float, 
     rows=st.integers(1, 40),
     cols=st.integers(1, 200),
     m=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 33]),
-    level=st.sampled_from([NM(2, 4), NM(1, 4), NM(3, 4), NM(1, 2), NM(4, 8), NM(2, 16), NM(9, 16), NM(2, 5), NM(1, 32)]),
+    level=st.sampled_from(
+        [NM(2, 4), NM(1, 4), NM(3, 4), NM(1, 2), NM(4, 8), NM(2, 16), NM(9, 16), NM(2, 5), NM(1, 32)]
+    ),
     seed=st.integers(0, 999),
 )
 def test_nm(module: ModuleType, rows: int, cols: int, m: int, level: NM, seed: int) -> None:

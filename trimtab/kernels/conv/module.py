@@ -27,6 +27,8 @@ class PackedConv2d(nn.Module):
         ValueError: the padding is not a number of zeros.
     """
 
+    bias: Tensor | None
+
     def __init__(self, packed: Packed, like: nn.Conv2d) -> None:
         super().__init__()
         if isinstance(like.padding, str) or like.padding_mode != "zeros":

@@ -19,8 +19,8 @@ def make(module: Any, packed: Packed) -> Any:
     rows, cols = rows_cols(packed.shape)
     if isinstance(packed.level, NM) and module.nm_fits(packed.level.n, packed.level.m):
         values, places = _groups(packed)
-        bits = values.reshape(rows, -1).numpy().view(np.uint16)
-        return module.nm(bits, places.reshape(rows, -1).numpy(), cols, packed.level.n, packed.level.m)
+        halves = values.reshape(rows, -1).numpy().view(np.uint16)
+        return module.nm(halves, places.reshape(rows, -1).numpy(), cols, packed.level.n, packed.level.m)
     mask, values = kept_of(packed)
     bits = np.packbits(mask.numpy(), axis=1, bitorder="little")
     return module.masked(bits, values.numpy().view(np.uint16), cols)
