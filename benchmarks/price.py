@@ -1,8 +1,8 @@
 """Predicted beside measured: the seconds of a prompt and of a written token, and the memory, for many models and plans.
 
-The predictions know nothing but the machine's profile, which is measured on single operations just before. The points are
-those of the claim of `roofline` (claims/hw/roofline.py), which `trimtab claim roofline` records over several seeds; this
-prints the table of errors point by point, for any number of threads. A JSON line is printed and appended to
+The predictions know nothing but the machine's profile, which is measured on single operations just before. The points
+are those of the claim of `roofline` (claims/hw/roofline.py), which `trimtab claim roofline` records over several seeds;
+this prints the table of errors point by point, for any number of threads. A JSON line is printed and appended to
 records/benchmarks/price.jsonl.
 
     python benchmarks/price.py                # some minutes

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ TURNS = 7
 Works = Mapping[str, Callable[[], Any]]
 
 
+def installed(module: str) -> bool:
+    """Whether a module could be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
 def check(peer: str, artifact: str | None) -> None:
     """Refuse a peer that is unknown, not installed, or that the question does not fit.
 
@@ -30,7 +37,7 @@ def check(peer: str, artifact: str | None) -> None:
     """
     if peer not in PEERS:
         raise UserError(f"unknown peer {peer!r}; choose from {', '.join(PEERS)}")
-    if peer == "llama.cpp" and importlib.util.find_spec("llama_cpp") is None:
+    if peer == "llama.cpp" and not installed("llama_cpp"):
         raise UserError("llama.cpp is not installed here; `pip install llama-cpp-python` builds it for this processor")
     if peer == "llama.cpp" and artifact is None:
         raise UserError("llama.cpp runs whole models; name an artifact: `trimtab bench ARTIFACT --against llama.cpp`")
@@ -72,10 +79,15 @@ def linears(threads: int, shape: tuple[int, int] = SHAPE, inputs: tuple[int, ...
         for m in inputs:
             x = torch.randn(m, cols)
             works: dict[str, Callable[[], Any]] = {t: chain(p, [0], m)[1] for t, p in packed.items()}
-            peers = {"torch bf16": lambda x=x.to(torch.bfloat16): half(x), "torch int8": lambda x=x: int8(x)}
+            peers = {"torch bf16": partial(half, x.to(torch.bfloat16)), "torch int8": partial(int8, x)}
             best = in_turn({**works, **peers})
             for name, seconds in best.items():
-                row = {"inputs": m, "what": name, "microseconds": 1e6 * seconds, "gops": 2e-9 * rows * cols * m / seconds}
+                row = {
+                    "inputs": m,
+                    "what": name,
+                    "microseconds": 1e6 * seconds,
+                    "gops": 2e-9 * rows * cols * m / seconds,
+                }
                 if name in works:
                     row |= {f"to {p}": best[p] / seconds for p in peers}
                 found.append(row)
@@ -110,7 +122,9 @@ def models(artifact: str | Path, peer: str, tokens: int = 64, turns: int = 3) ->
             seen["tokens_per_second"] = max(seen["tokens_per_second"], rate)
     ratio = best["trimtab"]["tokens_per_second"] / best[peer]["tokens_per_second"]
     sooner = best[peer]["first_seconds"] / best["trimtab"]["first_seconds"]
-    return [{"what": n, **row} for n, row in best.items()] + [{"what": "ratio", "first_seconds": sooner, "tokens_per_second": ratio}]
+    return [{"what": n, **row} for n, row in best.items()] + [
+        {"what": "ratio", "first_seconds": sooner, "tokens_per_second": ratio}
+    ]
 
 
 def _stamps(pieces: Any) -> tuple[float, float]:
@@ -143,7 +157,7 @@ def _torch(artifact: str | Path, ours: Any) -> Callable[[int], tuple[float, floa
 
 
 def _llama(artifact: str | Path, ours: Any) -> Callable[[int], tuple[float, float]]:
-    import llama_cpp
+    llama_cpp = importlib.import_module("llama_cpp")  # no dependency of ours: who compares with it has it
 
     from trimtab.exporting import export
 

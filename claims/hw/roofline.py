@@ -28,15 +28,15 @@ THREADS = 1
 
 CLAIM = Claim(
     method="roofline",
-    statement="Micro-benchmarks of latency, bandwidth and arithmetic describe a machine well enough that a roofline fed "
-    "with them predicts the time of real layers and models.",
+    statement="Micro-benchmarks of latency, bandwidth and arithmetic describe a machine well enough that a roofline "
+    "fed with them predicts the time of real layers and models.",
     source="Luo et al. 2024, arXiv:2402.13499, abstract; Williams et al. 2009, section 3",
-    setting="The shipped language model and Llamas of random weights (hidden widths 256 to 1024, 4 to 12 blocks) with the "
-    "linears of the blocks at bf16, 8, 4 and 2 bits; 1, 4 and 8 sequences at contexts of 64, 256 and 510; 60 points a "
-    "seed. The profile is measured anew before each seed, on single operations of other shapes; nothing is fitted to "
+    setting="The shipped language model and Llamas of random weights (hidden widths 256 to 1024, 4 to 12 blocks), the "
+    "linears of their blocks at bf16, 8, 4 and 2 bits; 1, 4 and 8 sequences at contexts of 64, 256 and 510; 60 points "
+    "a seed. The profile is measured anew before each seed, on single operations of other shapes; nothing is fitted to "
     "the models. One thread, seconds of the processor, the fastest of several repeats.",
-    metric="errors: |predicted / measured - 1|, of the seconds of a written token (decode), of a prompt (prefill), and of "
-    "the bytes held; shares of points within 15 %; naive: every operation at the peak or at the bandwidth of memory",
+    metric="errors: |predicted / measured - 1|, of the seconds of a written token (decode), of a prompt (prefill), and "
+    "of the bytes held; shares of points within 15 %; naive: every operation at its peak or at memory's bandwidth",
     checks=(
         Check("median error of decode below 15 %", "decode_median", "<", WITHIN),
         Check("median error of prefill below 15 %", "prefill_median", "<", WITHIN),
@@ -131,9 +131,7 @@ def points(
             plan = {path.removesuffix(".weight"): level for path in packed}
             for batch, context in RUNS:
                 decode, prefill, held = measured(runtime, batch, context, device.threads, 0.1 if small else 0.4)
-                said, naive = (
-                    forecast(found, plan, d, batch=batch, prompt=context) for d in (device, ideal(device))
-                )
+                said, naive = (forecast(found, plan, d, batch=batch, prompt=context) for d in (device, ideal(device)))
                 done.append(Point(
                     name, text, batch, context, decode, said.decode.mid, naive.decode.mid,
                     prefill, said.prefill.mid, naive.prefill.mid, held, said.bytes,

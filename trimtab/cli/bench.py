@@ -79,7 +79,8 @@ def _print(device: Device) -> None:
         scale, unit = units.get(name, (1e9, "Gop/s"))
         limits.add_row(name, f"{value / scale:.1f} {unit}")
     console.print(limits)
-    shares = Table("kernel", "level", "inputs", "from caches", "from memory", "bound by", title="Share of the limit reached")
+    names = ("kernel", "level", "inputs", "from caches", "from memory", "bound by", "reached")
+    shares = Table(*names, title="Share of the limit reached")
     for kernel in device.kernels:
         if kernel.op in ("linear", "attention"):
             shares.add_row(*_shares(device, kernel))
@@ -89,7 +90,7 @@ def _print(device: Device) -> None:
 def _shares(device: Device, kernel: Kernel) -> tuple[str, ...]:
     """A row of the table: for a linear of 2048 x 2048, all that a call costs counted in."""
     if kernel.op == "attention":
-        return "attention", "", str(kernel.m), f"{kernel.near:.0%}", f"{kernel.far:.0%}", ""
+        return "attention", "", str(kernel.m), f"{kernel.near:.0%}", f"{kernel.far:.0%}", "", ""
     from trimtab.core.level import parse_level
 
     level, side = parse_level(kernel.level), 2048
@@ -101,9 +102,13 @@ def _shares(device: Device, kernel: Kernel) -> tuple[str, ...]:
     far = max(reads / device.from_memory, arithmetic)
     reached = near / (beside + near / kernel.near), far / (beside + far / kernel.far + kernel.start * side)
     memory = reads / device.from_memory > arithmetic
-    rate = f"{reached[1] * device.from_memory / 1e9:.0f} GB/s" if memory else f"{reached[0] * device.peak(level) / 1e9:.0f} Gop/s"
-    bound = f"{'memory' if memory else 'arithmetic'}, {rate}"
-    return kernel.op, kernel.level, str(kernel.m), f"{reached[0]:.0%}", f"{reached[1]:.0%}", bound
+    rate = (
+        f"{reached[1] * device.from_memory / 1e9:.0f} GB/s"
+        if memory
+        else f"{reached[0] * device.peak(level) / 1e9:.0f} Gop/s"
+    )
+    bound = "memory" if memory else "arithmetic"
+    return kernel.op, kernel.level, str(kernel.m), f"{reached[0]:.0%}", f"{reached[1]:.0%}", bound, rate
 
 
 def _size(count: int) -> str:

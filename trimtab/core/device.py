@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from math import log
 from typing import Any
 
@@ -30,9 +31,7 @@ class Cost:
     bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.low + other.low, self.mid + other.mid, self.high + other.high, max(self.bytes, other.bytes)
-        )
+        return Cost(self.low + other.low, self.mid + other.mid, self.high + other.high, max(self.bytes, other.bytes))
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class Device:
         points = self.bandwidth
         if set_bytes <= points[0][0]:
             return points[0][1]
-        for (small, fast), (large, slow) in zip(points, points[1:], strict=False):
+        for (small, fast), (large, slow) in pairwise(points):
             if set_bytes <= large:
                 t = log(set_bytes / small) / log(large / small)
                 return 1 / ((1 - t) / fast + t / slow)
@@ -199,7 +198,7 @@ class Device:
         points = self.spill
         if set_bytes <= points[0][0]:
             return points[0][1]
-        for (small, less), (large, more) in zip(points, points[1:], strict=False):
+        for (small, less), (large, more) in pairwise(points):
             if set_bytes <= large:
                 return less + (more - less) * (set_bytes - small) / (large - small)
         return points[-1][1]
@@ -237,5 +236,7 @@ class Device:
             assert spill and bandwidth and all(rate > 0 for _, rate in bandwidth) and device.limits["fp32"] > 0
             assert device.caches["l3"] > 0 and all(k.m > 0 and k.near > 0 and k.far > 0 for k in kernels)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError("the device's profile is damaged or of another format; measure again with `trimtab bench`") from error
+            raise UserError(
+                "the device's profile is damaged or of another format; measure again with `trimtab bench`"
+            ) from error
         return device

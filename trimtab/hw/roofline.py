@@ -18,8 +18,8 @@ class Roofline(Pricer):
         seconds(op) = fixed + edge (rows + cols) + max(bytes / bandwidth, operations / peak) / share(m)
 
     There are two roofs, that of the caches and that of memory, each with the share reached below it; an operation lies
-    between them by what part of all that the forward reads is no longer in the caches when it is read again. Between two
-    measured m the seconds run straight; beyond the largest they grow with m. A level that the profile has not is
+    between them by what part of all that the forward reads is no longer in the caches when it is read again. Between
+    two measured m the seconds run straight; beyond the largest they grow with m. A level that the profile has not is
     unpacked to fp32, and priced so. low and high add up the best and the worst shapes' errors of the fit. Bytes are
     weights, cache and activations.
 
@@ -75,7 +75,10 @@ class Roofline(Pricer):
         if not rows and (rows := device.kernel("linear", "fp32")):
             product = replace(product, level=Dense("fp32"))
         if not rows:
-            raise UserError(f"the profile of {device.name} has neither level {product.level} nor fp32; `trimtab bench` measures both")
+            raise UserError(
+                f"the profile of {device.name} has neither level {product.level} nor fp32; measure again with "
+                "`trimtab bench`"
+            )
         peak = device.peak(product.level)
 
         def at(kernel: Kernel) -> float:

@@ -72,7 +72,8 @@ def random_packed(level: Level, rows: int, cols: int, seed: int = 0) -> Packed:
             left, right = (torch.randn(s, generator=rng) * 0.02 for s in ((rows, level.rank), (level.rank, cols)))
             return pack_rank(left, right, torch.zeros(rows) if level.bias else None, level, shape)
         case Plus():
-            return pack_plus(*(random_packed(part, rows, cols, seed) for part in (level.base, level.extra)), level)
+            base, extra = (random_packed(part, rows, cols, seed) for part in (level.base, level.extra))
+            return pack_plus(base, extra, level)
     raise AssertionError(level)
 
 
@@ -87,14 +88,14 @@ def weight_for(packed: Packed) -> Any | None:
 
 
 def runs_here(level: Level) -> bool:
-    """Whether a level is run as it is stored: by a compiled kernel, or by torch in fp32. All else is unpacked to fp32."""
+    """Whether a level is run as it is stored, by a kernel or by torch in fp32; all else is unpacked to fp32."""
     return level == Dense("fp32") or weight_for(random_packed(level, 64, 256)) is not None
 
 
 def chain(packed: Packed, order: Sequence[int], m: int) -> tuple[str, Work]:
     """What runs products of `m` inputs with copies of a weight, one after the other in that order; and the call."""
     rows, cols = packed.shape
-    weights = {i: weight_for(packed) for i in set(order)}
+    weights: dict[int, Any] = {i: weight_for(packed) for i in set(order)}
     module = native()
     if module is None or weights[order[0]] is None:
         inputs, dense = torch.randn(m, cols), {i: packed.dense().clone() for i in set(order)}
@@ -111,7 +112,9 @@ def chain(packed: Packed, order: Sequence[int], m: int) -> tuple[str, Work]:
     return runs, _started(program, x, cols, m)
 
 
-def heads_chain(heads: int, kv_heads: int, size: int, context: int, tokens: int, batch: int, layers: int) -> tuple[str, Work]:
+def heads_chain(
+    heads: int, kv_heads: int, size: int, context: int, tokens: int, batch: int, layers: int
+) -> tuple[str, Work]:
     """What runs attention of `tokens` new tokens over `context` older ones for each of `batch` sequences, in `layers`
     layers with caches of their own; and the call.
     """
@@ -120,7 +123,7 @@ def heads_chain(heads: int, kv_heads: int, size: int, context: int, tokens: int,
         shapes = ((heads, tokens), *[(kv_heads, context + tokens)] * 2)
         held = [[torch.randn(batch, h, n, size) for h, n in shapes] for _ in range(layers)]
         attend = torch.nn.functional.scaled_dot_product_attention
-        return "torch", lambda: [attend(*qkv, enable_gqa=True) for qkv in held]
+        return "torch", lambda: [attend(q, k, v, enable_gqa=True) for q, k, v in held]
     some = max(tokens, 64)  # the caches are filled in runs of so many
     program = module.Program(rows=max(some, batch * tokens), outputs=batch, sequences=batch, context=context + some)
     q, k, v, out = (program.buffer(n * size) for n in (heads, kv_heads, kv_heads, heads))
@@ -164,9 +167,7 @@ def _table(module: Any, width: int) -> Any:
     return module.dense_fp32(np.random.default_rng(0).standard_normal((VOCABULARY, width), np.float32))
 
 
-def _started(
-    program: Any, last: Any, width: int, tokens: int, start: int = 0, batch: int = 1, fill: int = 0
-) -> Work:
+def _started(program: Any, last: Any, width: int, tokens: int, start: int = 0, batch: int = 1, fill: int = 0) -> Work:
     """The call that runs a program's `tokens` new tokens after `start` older ones of each sequence."""
     head = program.buffer(width, picked=True)
     program.select(last, head)

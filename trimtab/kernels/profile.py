@@ -237,9 +237,13 @@ def linear(device: Device, level: Level, quick: bool = False) -> list[Kernel]:
         size = level.bytes((rows, cols))
         if size > device.caches["l3"] // 2:
             continue
-        copies = max(1, min(MOST_COPIES, device.caches["l3"] // 4 // size))  # as a model's weights that fit the last cache
+        copies = max(
+            1, min(MOST_COPIES, device.caches["l3"] // 4 // size)
+        )  # as a model's weights that fit the last cache
         for m in inputs:
-            repeats = copies if m <= FROM_MEMORY else max(1, min(copies, int(2e-3 * peak / (m * level.flops((rows, cols))))))
+            repeats = (
+                copies if m <= FROM_MEMORY else max(1, min(copies, int(2e-3 * peak / (m * level.flops((rows, cols))))))
+            )
             roof = max(size / device.reads(min(copies * size, half)), m * level.flops((rows, cols)) / peak)
             runs, work = chain(packed, [i % copies for i in range(repeats)], m)
             best, median = timed(work, seconds, device.threads)
@@ -290,7 +294,7 @@ def _heads_point(device: Device, shape: tuple[int, ...], tokens: int, far: bool)
     operations = 4.0 * heads * size * (context + (tokens + 1) / 2) * tokens * batch
     whole = FAR_SETS * device.caches["l3"] if far else device.caches["l3"] // 8
     layers = max(1, min(whole // read, MOST_COPIES if tokens == 1 else 4))
-    runs, work = heads_chain(*shape[:4], tokens, batch, layers)
+    runs, work = heads_chain(heads, kv_heads, size, context, tokens, batch, layers)
     best, median = timed(work, 0.04, device.threads)
     speed = device.from_memory if far else device.reads(min(layers * read, device.caches["l3"] / 2))
     roof = max(read / speed, operations / device.limits["fp32"])
@@ -305,7 +309,9 @@ def passes(device: Device, quick: bool = False) -> list[Kernel]:
         for width in WIDTHS:
             runs, work, repeats = pass_chain(width, m)
             best, median = timed(work, 0.02, device.threads)
-            points.append(Point(4.0 * width * m / device.reads(device.caches["l2"]), 0, best / repeats, median / repeats))
+            points.append(
+                Point(4.0 * width * m / device.reads(device.caches["l2"]), 0, best / repeats, median / repeats)
+            )
         found.append(fitted(Kernel("pass", "", m, runs, 0.0, 0.0, 1.0, 1.0), points))
     return found
 
@@ -332,8 +338,8 @@ def fitted(row: Kernel, points: Sequence[Point], far: Sequence[Point] = ()) -> K
         error += [t / (out * p.roof + start * p.rows) for t, p in zip(over, far, strict=True)]
     noise = statistics.median(p.median / p.best for p in (*points, *far))
     return replace(
-        row, fixed=fixed, edge=edge, near=1 / slow, far=1 / out, start=start, low=min(1.0, *error), high=max(1.0, *error),
-        noise=noise,
+        row, fixed=fixed, edge=edge, near=1 / slow, far=1 / out, start=start,
+        low=min(1.0, *error), high=max(1.0, *error), noise=noise,
     )  # fmt: skip
 
 
@@ -379,7 +385,10 @@ def kept(threads: int | None = None) -> Device | None:
     except (UserError, UnicodeDecodeError, OSError):
         print(f"{path} is damaged; measuring this machine again", file=sys.stderr)
         return None
-    found, here = (device.name, device.cores, device.threads, device.variant), (machine_name(), cores(), threads, variant())
+    found, here = (
+        (device.name, device.cores, device.threads, device.variant),
+        (machine_name(), cores(), threads, variant()),
+    )
     if found != here:
         print(f"{path} is of another machine ({device.name}); measuring this one", file=sys.stderr)
         return None
