@@ -13,7 +13,7 @@ import pytest
 import torch
 from battery import device, work
 from conftest import Said
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_variants import variants
 
@@ -77,6 +77,7 @@ def test_every_chain_runs(text: str, m: int) -> None:
 # ---- the fit of a kernel's row
 
 
+@settings(deadline=None)  # the first fit imports scipy
 @given(
     fixed=st.floats(0, 1e-5), edge=st.floats(0, 1e-8), near=st.floats(0.05, 1.0), far=st.floats(0.05, 1.0),
     start=st.floats(0, 1e-7),
