@@ -57,9 +57,7 @@ class Loaded:
         limit = min(self._limit(len(ids) + tokens), len(ids) + tokens)
         stop = frozenset({self.tokenizer.eos_token_id} - {None})
         new: list[int] = []
-        shown = known = (
-            0  # tokens whose text is out; the last of them are decoded again, for a word to know its neighbour
-        )
+        shown = known = 0  # tokens whose text is out; the last are decoded again, for a word to know its neighbour
         self.timing = Timing()
         for token in generate(
             self.writer(limit), ids, limit - len(ids), stop=stop, temperature=temperature, seed=seed, timing=self.timing
@@ -146,7 +144,8 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
             opened = open_quantised(path)
             module = build(opened.contents, opened.skeleton, packed=packed)
             task = opened.contents.manifest["task"]
-            return Loaded(module, opened.tokenizer(), task, str(path), notes=tuple(opened.notes))
+            kept = {"packed": opened.contents.packed, "share": packed, "notes": tuple(opened.notes)}
+            return Loaded(module, opened.tokenizer(), task, str(path), **kept)
         source = open_source(str(path))
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
         return Loaded(source.materialise(), tokenizer, source.task, source.name)

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.level import Float, Int
 from trimtab.formats.packed import Packed
 from trimtab.kernels.dense.make import dense_weight
+from trimtab.kernels.integer.reference import exact_step, linear
 from trimtab.kernels.weight import kernel_weight
 
 if TYPE_CHECKING:
@@ -309,6 +311,12 @@ class Weights:
             total += packed.nbytes if isinstance(packed, Packed) else 2 * shape[0] * shape[1]
         return total
 
+    def read_bytes(self, form: Form) -> int:
+        """Bytes of weights that a step reads: all of those made but the tables that it looks rows up in."""
+        tables = (form.embed, form.position)
+        read = {id(weight): weight.nbytes for paths, weight in self.users.items() if paths[0] not in tables}
+        return sum(read.values())
+
     def _matrix(self, path: str) -> Packed | Tensor:
         """What is stored for a site, `[out, in]`."""
         module = self.model.get_submodule(path)
@@ -344,8 +352,11 @@ class PlainWeight:
         self.rows, self.cols = packed.shape
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """`x [m, cols]` to `[m, rows]`."""
-        return torch.nn.functional.linear(torch.from_numpy(x), self.packed.dense()).numpy()
+        """`x [m, cols]` to `[m, rows]`: with 8-bit inputs where the level has integers, else in fp32."""
+        level, inputs = self.packed.level, torch.from_numpy(x)
+        integers = isinstance(level, Int) or (isinstance(level, Float) and exact_step(level.e, level.m) is not None)
+        y = linear(self.packed, inputs) if integers else nn.functional.linear(inputs, self.packed.dense())
+        return y.numpy()
 
 
 def _linear(module: nn.Module, weight: Any, first: int, rows: int) -> Callable[[Tensor], Tensor]:
@@ -392,7 +403,7 @@ def compile_form(
         vectors = [None if v is None else v.numpy() for v in (scale.weight, scale.bias)]
         p.norm(source, out, add, scale.rms, *vectors, scale.eps, scale.groups)
 
-    def linear(source: Any, out: Any, paths: tuple[str, ...]) -> None:
+    def product(source: Any, out: Any, paths: tuple[str, ...]) -> None:
         at = 0
         for weight, some in weights.get(paths):
             p.linear(source, out.part(at, weight.rows), weight, weights.bias(some))
@@ -406,16 +417,16 @@ def compile_form(
         norm(branch.norm, x, h, added)
         added = y
         if isinstance(branch, Gate):
-            linear(h, hidden.part(0, branch.width * (1 + branch.gated)), branch.inputs)
+            product(h, hidden.part(0, branch.width * (1 + branch.gated)), branch.inputs)
             first = hidden.part(0, branch.width)
             p.activate(
                 branch.activation, first, hidden.part(branch.width, branch.width) if branch.gated else None, first
             )
-            linear(first, y, (branch.output,))
+            product(first, y, (branch.output,))
             continue
         queries, keys = branch.heads * branch.size, branch.kv_heads * branch.size
         q, k, v = hidden.part(0, queries), hidden.part(queries, keys), hidden.part(queries + keys, keys)
-        linear(h, hidden.part(0, queries + 2 * keys), branch.inputs)
+        product(h, hidden.part(0, queries + 2 * keys), branch.inputs)
         for part, scale, heads in ((q, branch.q_norm, branch.heads), (k, branch.k_norm, branch.kv_heads)):
             if scale is not None:
                 norm(scale, part, part)
@@ -424,12 +435,12 @@ def compile_form(
         layer = p.cache(branch.kv_heads, branch.size, cache)
         p.append(k, v, layer)
         p.attend(q, mixed.part(0, queries), layer, branch.scale, branch.window)
-        linear(mixed.part(0, queries), y, (branch.output,))
+        product(mixed.part(0, queries), y, (branch.output,))
     if form.norm is not None:
         norm(form.norm, x, h, added)
     elif added is not None:
         p.norm(x, None, added)
     last, logits = p.buffer(form.width, True), p.buffer(form.vocabulary, True)
     p.select(h if form.norm is not None else x, last)
-    linear(last, logits, (form.head,))
+    product(last, logits, (form.head,))
     return p, logits

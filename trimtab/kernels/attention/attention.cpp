@@ -96,6 +96,7 @@ void Attention::run(const Pieces& work, const float* q, int ldq, float* out, int
   team.sync();
   if (!divided) return;
   for (int i = 0; i < count; i += work.pieces[i].parts) {
+    if (work.pieces[i].parts == 1) continue;
     const auto [first, last] = team.share(work.pieces[i].rows());
     for (int r = first; r < last; ++r) merge(&work.pieces[i], merged + i * stride, stride, r, out, ldo);
   }

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <utility>
 
-#include "base/lanes.h"
+#include "base/vectors.h"
 
 namespace trimtab {
 

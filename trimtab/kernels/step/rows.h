@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "base/lanes.h"
+#include "base/vectors.h"
 
 namespace trimtab {
 
