@@ -144,8 +144,9 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
             opened = open_quantised(path)
             module = build(opened.contents, opened.skeleton, packed=packed)
             task = opened.contents.manifest["task"]
-            kept = {"packed": opened.contents.packed, "share": packed, "notes": tuple(opened.notes)}
-            return Loaded(module, opened.tokenizer(), task, str(path), **kept)
+            loaded = Loaded(module, opened.tokenizer(), task, str(path), opened.contents.packed, packed)
+            loaded.notes = tuple(opened.notes)
+            return loaded
         source = open_source(str(path))
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
         return Loaded(source.materialise(), tokenizer, source.task, source.name)
