@@ -320,12 +320,12 @@ class Weights:
     def _matrix(self, path: str) -> Packed | Tensor:
         """What is stored for a site, `[out, in]`."""
         module = self.model.get_submodule(path)
-        reader = self.packed.get(self.first.get(f"{path}.weight", f"{path}.weight"))
-        if reader is not None:
-            return reader()
         held = getattr(module, "packed", None)
         if isinstance(held, Packed):
             return held
+        reader = self.packed.get(self.first.get(f"{path}.weight", f"{path}.weight"))
+        if reader is not None:
+            return reader()
         weight = module.get_parameter("weight").detach()
         return weight.T if self.sites[path].transposed else weight
 
