@@ -195,6 +195,17 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_does(monkeypatch: py
         runtime.open(100)
 
 
+def test_artifact_that_does_not_fit_is_refused_before_it_is_read(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = sum(p.stat().st_size for p in run.artifact.rglob("*"))
+    monkeypatch.setattr(sessions, "free_bytes", lambda: stored + 100)
+    with pytest.raises(UserError, match=r"needs .* are free; load it with packed=True"):
+        trimtab.load(run.artifact)
+    assert trimtab.load(run.artifact, packed=True).task == "causal-lm"
+    monkeypatch.setattr(sessions, "free_bytes", lambda: stored // 2)
+    with pytest.raises(UserError, match="free some, or fit the model to fewer"):
+        trimtab.load(run.artifact, packed=True)
+
+
 # ---- writing
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from trimtab.engine.session import Runtime, Timing, Writer
     from trimtab.formats.packed import Packed
+    from trimtab.models.artifact import Contents
 
 
 @dataclass
@@ -151,6 +153,7 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
         return Loaded(source.materialise(), tokenizer, source.task, source.name)
     contents = open_artifact(path)
+    _check_memory(contents, packed)
     module = build(contents, open_source(model).skeleton if model else None, packed=packed)
     tokenizer = None
     if (contents.folder / "tokenizer.json").is_file():
@@ -158,6 +161,18 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
 
         tokenizer = AutoTokenizer.from_pretrained(contents.folder, local_files_only=True, trust_remote_code=False)
     return Loaded(module, tokenizer, contents.manifest["task"], str(path), packed=contents.packed, share=packed)
+
+
+def _check_memory(contents: Contents, packed: bool) -> None:
+    from trimtab.engine.session import free_bytes, said_bytes
+    from trimtab.models.artifact import folder_bytes
+
+    needed, free = folder_bytes(contents.folder), free_bytes()
+    if not packed:
+        needed += sum(4 * prod(row["shape"]) for row in contents.manifest["packed"].values())
+    if free is not None and needed > free:
+        cure = "free some, or fit the model to fewer" if packed else "load it with packed=True, or `run --packed`"
+        raise UserError(f"{contents.folder} needs {said_bytes(needed)}, and {said_bytes(free)} are free; {cure}")
 
 
 def read_report(run: str | Path) -> dict[str, Any]:

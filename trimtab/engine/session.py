@@ -317,10 +317,10 @@ def check_memory(form: Form, weights: Weights, context: int, sequences: int, mad
     cache = form.cache_bytes(context, sequences)
     if weight + cache <= free:
         return
-    parts = f"the weights take {_size(weight)} and {sequences} x {context} tokens of context {_size(cache)}"
+    parts = f"the weights take {said_bytes(weight)} and {sequences} x {context} tokens of context {said_bytes(cache)}"
     fits = (free - weight) // max(1, form.cache_bytes(1, sequences))
     cure = f"ask for a context of at most {fits} tokens" if fits >= 64 else "take a smaller artifact or free memory"
-    raise UserError(f"the model needs {_size(weight + cache)}, and {_size(free)} are free: {parts}; {cure}")
+    raise UserError(f"the model needs {said_bytes(weight + cache)}, and {said_bytes(free)} are free: {parts}; {cure}")
 
 
 def free_bytes() -> int | None:
@@ -332,5 +332,6 @@ def free_bytes() -> int | None:
         return None
 
 
-def _size(count: int) -> str:
+def said_bytes(count: int) -> str:
+    """A number of bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
