@@ -302,8 +302,9 @@ def test_prompts_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @compiled
 def test_an_interrupt_ends_a_text_within_a_moment() -> None:
-    code = (
-        "import trimtab\nloaded = trimtab.load('pocket')\n"
+    code = (  # a job in the background starts with interrupts ignored, and so do its children
+        "import signal, trimtab\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "loaded = trimtab.load('pocket')\n"
         "for piece in loaded.stream('import os', 900, temperature=1.0):\n    print('.', flush=True)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
