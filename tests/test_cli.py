@@ -146,7 +146,7 @@ def test_exit_code_130_where_interrupted(cli: Cli, monkeypatch: pytest.MonkeyPat
 
 def test_run_writes_text(run: Run, cli: Cli) -> None:
     said = cli("run", run.folder, "--prompt", "import ", "--tokens", "12")
-    assert said.code == 0 and said.err == ""
+    assert said.code == 0 and said.err.count("\n") == 1 and "/s" in said.err  # how fast it was
     assert said.out.startswith("import ") and len(said.out.strip()) > len("import ") + 5
     found = cli("run", run.artifact, "--prompt", "import ", "--tokens", "12", "--json").json()
     assert found["prompt"] == "import " and f"import {found['text']}\n" == said.out

@@ -72,7 +72,7 @@ LEVELS = [
 def test_every_level(module: ModuleType, level: str) -> None:
     parsed = parse_level(level)
     assert isinstance(parsed, Int | Float)
-    for rows, cols, m in ((32, 512, 1), (48, 768, 3), (33, 650, 30)):
+    for rows, cols, m in ((32, 512, 1), (48, 768, 7), (33, 650, 41)):
         check(module, packed_of(parsed, rows, cols), m)
 
 
@@ -80,7 +80,7 @@ def test_every_level(module: ModuleType, level: str) -> None:
 @given(
     st.sampled_from([v for v in variants()] or ["none"]),
     *(st.integers(1, 8), st.none() | st.integers(1, 400), st.booleans(), st.sampled_from(["f16", "e8m0", "e4m3"])),
-    *(st.integers(1, 70), st.integers(1, 700), st.integers(1, 40)),
+    *(st.integers(1, 70), st.integers(1, 700), st.integers(1, 60)),
 )
 def test_odd_shapes(
     variant: str, bits: int, group: int | None, symmetric: bool, scale: str, rows: int, cols: int, m: int
@@ -89,6 +89,22 @@ def test_odd_shapes(
         pytest.skip("no kernels were compiled")
     module = importlib.import_module(f"trimtab.kernels._{variant}")
     check(module, packed_of(Int(bits, group, symmetric, scale), rows, cols), m)
+
+
+@pytest.mark.parametrize("m", [2, 17, 50])
+@pytest.mark.parametrize("level", ["4b/g64", "3b/g16", "8b/row"])
+def test_wide_rows(module: ModuleType, level: str, m: int) -> None:
+    """More columns than are expanded at once."""
+    parsed = parse_level(level)
+    assert isinstance(parsed, Int | Float)
+    check(module, packed_of(parsed, 37, 4500), m)
+
+
+def test_timing_runs(module: ModuleType) -> None:
+    weights = [grouped(module, [packed_of(Int(4, 32), 20, 96, seed)]) for seed in range(2)]
+    assert len(module.seconds(weights, inputs(3, 96).numpy(), 5)) == 5
+    with pytest.raises(ValueError, match="differ in their columns"):
+        module.seconds(weights, inputs(3, 95).numpy(), 5)
 
 
 @pytest.mark.parametrize("level", ["4b/g64", "3b/g32/sym", "nvfp4", "5b/row"])

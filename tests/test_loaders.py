@@ -686,11 +686,13 @@ def test_compressed_tensors_layers(
     if not symmetric:
         stated["weight_zero_point"] = (zero - half).to(torch.int8)
     library: Any = PackedQuantizationCompressor if packed else IntQuantizationCompressor
-    parts = library.compress(stated, scheme)
+    parts = library.compress(dict(stated), scheme)
     config = {"config_groups": {"group_0": {"weights": args.model_dump(mode="json")}}}
     found = read_one(tmp_path_factory.mktemp("ct"), parts, CompressedTensors(config, "here"), (rows, cols))
     assert found.level == Int(bits, group, symmetric=symmetric or bool((zero == half).all()))
-    exact(found.read(), library.decompress(parts, scheme)["weight"])
+    # the library does not unpack 4-bit zero points that fill but one word a group
+    beyond = packed and not symmetric and bits == 4 and rows <= 8
+    exact(found.read(), stated["weight"] if beyond else library.decompress(parts, scheme)["weight"])
 
 
 def test_one_scale_for_the_whole_matrix(tmp_path: Path) -> None:

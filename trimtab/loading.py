@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ from trimtab.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from trimtab.engine.session import Runtime, Timing, Writer
+    from trimtab.formats.packed import Packed
+    from trimtab.models.artifact import Contents
 
 
 @dataclass
@@ -23,6 +28,10 @@ class Loaded:
         tokenizer: its tokenizer, or None.
         task: what it is for.
         name: where it came from.
+        packed: parameter name -> reader of the packed weight, for those that it stores packed.
+        share: to write text, the module's weights give way to those of the kernels, so that they are in memory once.
+        context: tokens that a text may have; None: as many as the model can.
+        timing: how long the last text took.
         notes: sentences on what loading could not keep as it was.
     """
 
@@ -30,6 +39,12 @@ class Loaded:
     tokenizer: Any
     task: str
     name: str
+    packed: Mapping[str, Callable[[], Packed]] = field(default_factory=dict)
+    share: bool = False
+    context: int | None = None
+    timing: Timing | None = None
+    _runtime: Runtime | None = None
+    _writer: Writer | None = None
     notes: tuple[str, ...] = ()
 
     def stream(self, prompt: str, tokens: int = 64, *, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
@@ -38,42 +53,74 @@ class Loaded:
         Raises:
             UserError: the model writes no text, or the prompt is empty or too long.
         """
-        import torch
+        from trimtab.engine.session import Timing, generate
 
-        from trimtab.engine.run import generate
-
-        if self.task != "causal-lm" or self.tokenizer is None:
-            raise UserError(f"{self.name} is for {self.task}; only a causal language model writes text")
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        start = self.tokenizer.bos_token_id
-        ids = ([start] if start is not None else []) + ids
-        limit = getattr(self.model.config, "max_position_embeddings", None) or len(ids) + tokens
-        if not ids:
-            raise UserError(
-                "the prompt is empty, and the tokenizer has no start token; give at least one word with --prompt"
-            )
-        if len(ids) + 1 > limit:
-            raise UserError(f"the prompt has {len(ids)} tokens, and the model's context is {limit}; shorten the prompt")
+        ids = self._prompt(prompt)
+        limit = min(self._limit(len(ids) + tokens), len(ids) + tokens)
         stop = frozenset({self.tokenizer.eos_token_id} - {None})
         new: list[int] = []
-        said = ""
+        shown = known = 0  # tokens whose text is out; the last are decoded again, for a word to know its neighbour
+        self.timing = Timing()
         for token in generate(
-            self.model,
-            torch.tensor([ids]),
-            min(tokens, limit - len(ids)),
-            stop=stop,
-            temperature=temperature,
-            seed=seed,
+            self.writer(limit), ids, limit - len(ids), stop=stop, temperature=temperature, seed=seed, timing=self.timing
         ):
             new.append(token)
-            text = self.tokenizer.decode(new)
+            said, text = self.tokenizer.decode(new[shown:known]), self.tokenizer.decode(new[shown:])
             if not text.endswith("\ufffd"):
                 yield text[len(said) :]
-                said = text
+                shown, known = known, len(new)
 
     def generate(self, prompt: str, tokens: int = 64, *, temperature: float = 0.0, seed: int = 0) -> str:
         """The text that goes on from the prompt."""
         return "".join(self.stream(prompt, tokens, temperature=temperature, seed=seed))
+
+    def writer(self, context: int) -> Writer:
+        """What writes text of up to so many tokens; made when it is first asked for, and again for a longer text."""
+        from trimtab.engine.session import Runtime
+
+        if self._runtime is None:
+            self._runtime = Runtime(self.model, self.packed, self.share)
+        if self._writer is None or self._writer.context < context:
+            whole = self._limit(context)
+            self._writer = None  # its cache makes room for the longer one
+            self._writer = self._runtime.open(self.context or min(whole, -(-context // 256) * 256))
+        return self._writer
+
+    @property
+    def engine(self) -> str:
+        """What wrote the last text: the kernels and their threads, or torch and its."""
+        from trimtab.kernels.native import native
+
+        kernels = native()
+        if self._runtime is None or self._runtime.form is None or kernels is None:
+            import torch
+
+            return f"torch, {torch.get_num_threads()} threads"
+        return f"{kernels.__name__.rpartition('_')[2]} kernels, {kernels.threads()} threads"
+
+    def _limit(self, asked: int) -> int:
+        """Tokens that a text may have; where neither model nor user set a limit, as many as asked for."""
+        own = getattr(self.model.config, "max_position_embeddings", None) or asked
+        return min(own, self.context or own)
+
+    def _prompt(self, prompt: str) -> list[int]:
+        if self.task != "causal-lm" or self.tokenizer is None:
+            raise UserError(f"{self.name} is for {self.task}; only a causal language model writes text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt is no UTF-8 at character {error.start + 1}; give it as UTF-8 text") from error
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        start = self.tokenizer.bos_token_id
+        ids = ([start] if start is not None else []) + ids
+        if not ids:
+            raise UserError(
+                "the prompt is empty, and the tokenizer has no start token; give at least one word with --prompt"
+            )
+        limit = self._limit(len(ids) + 1)
+        if len(ids) + 1 > limit:
+            raise UserError(f"the prompt has {len(ids)} tokens, and the model's context is {limit}; shorten the prompt")
+        return ids
 
 
 def load(path: str | Path, *, model: str | None = None, packed: bool = False) -> Loaded:
@@ -83,7 +130,7 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
         path: an artifact's folder, a GGUF file, a folder quantised by GPTQ, AWQ or compressed-tensors, or the name of a
             model.
         model: for an artifact of a Python function's model: that function, `module:function`.
-        packed: keep packed linears packed in memory and unpack them for each use: least memory, and slower.
+        packed: keep packed linears packed in memory, and share what the kernels hold: least memory.
 
     Raises:
         UserError: there is nothing of that name, or it is damaged.
@@ -99,18 +146,33 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
             opened = open_quantised(path)
             module = build(opened.contents, opened.skeleton, packed=packed)
             task = opened.contents.manifest["task"]
-            return Loaded(module, opened.tokenizer(), task, str(path), tuple(opened.notes))
+            loaded = Loaded(module, opened.tokenizer(), task, str(path), opened.contents.packed, packed)
+            loaded.notes = tuple(opened.notes)
+            return loaded
         source = open_source(str(path))
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
         return Loaded(source.materialise(), tokenizer, source.task, source.name)
     contents = open_artifact(path)
+    _check_memory(contents, packed)
     module = build(contents, open_source(model).skeleton if model else None, packed=packed)
     tokenizer = None
     if (contents.folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(contents.folder, local_files_only=True, trust_remote_code=False)
-    return Loaded(module, tokenizer, contents.manifest["task"], str(path))
+    return Loaded(module, tokenizer, contents.manifest["task"], str(path), packed=contents.packed, share=packed)
+
+
+def _check_memory(contents: Contents, packed: bool) -> None:
+    from trimtab.engine.session import free_bytes, said_bytes
+    from trimtab.models.artifact import folder_bytes
+
+    needed, free = folder_bytes(contents.folder), free_bytes()
+    if not packed:
+        needed += sum(4 * prod(row["shape"]) for row in contents.manifest["packed"].values())
+    if free is not None and needed > free:
+        cure = "free some, or fit the model to fewer" if packed else "load it with packed=True, or `run --packed`"
+        raise UserError(f"{contents.folder} needs {said_bytes(needed)}, and {said_bytes(free)} are free; {cure}")
 
 
 def read_report(run: str | Path) -> dict[str, Any]:

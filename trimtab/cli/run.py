@@ -15,29 +15,54 @@ def command(
     tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="at most so many new tokens")] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=100, help="0: the likeliest token each time")] = 0.0,
     seed: o.Seed = 0,
+    context: Annotated[int | None, typer.Option(min=2, help="tokens of prompt and text to hold, at most")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="threads; all cores by default")] = None,
     model: Annotated[
         str | None, typer.Option(help="module:function, for an artifact of a Python function's model")
     ] = None,
     packed: Annotated[
-        bool, typer.Option("--packed", help="keep weights packed in memory: least memory, slower")
-    ] = False,
+        bool, typer.Option("--packed/--unpacked", help="keep weights packed in memory: least memory")
+    ] = True,
     json: o.Json = False,
 ) -> None:
     """Load and run it here."""
+    import sys
     import time
 
+    import torch
+
+    from trimtab.kernels.native import native
     from trimtab.loading import load
 
     start = time.perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+        if (kernels := native()) is not None:
+            kernels.set_threads(threads)
     loaded = load(artifact, model=model, packed=packed)
+    loaded.share, loaded.context = packed, context
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
     ready = time.perf_counter()
     text = ""
     for piece in loaded.stream(prompt, tokens, temperature=temperature, seed=seed):
-        text += piece
         if not json:
-            print(prompt + piece if piece is text else piece, end="", flush=True)
+            print(piece if text else prompt + piece, end="", flush=True)
+        text += piece
+    done = loaded.timing
+    assert done is not None
+    speed = {
+        "prompt_tokens": done.prompt,
+        "tokens": done.tokens,
+        "prefill_tokens_per_second": done.prompt / max(done.prefill, 1e-9),
+        "decode_tokens_per_second": (done.tokens - 1) / done.decode if done.decode else None,
+        "engine": loaded.engine,
+    }
     if json:
         seconds = time.perf_counter() - ready
-        o.print_json({"prompt": prompt, "text": text, "load_seconds": ready - start, "seconds": seconds})
-    else:
-        print()
+        o.print_json({"prompt": prompt, "text": text, "load_seconds": ready - start, "seconds": seconds, **speed})
+        return
+    print()
+    rest = f", {done.tokens - 1} more at {(done.tokens - 1) / done.decode:.1f}/s" if done.decode else ""
+    first = f"{done.prompt} tokens of prompt at {speed['prefill_tokens_per_second']:.1f}/s"
+    print(f"{first}{rest}; {loaded.engine}", file=sys.stderr)

@@ -1,11 +1,9 @@
-"""Run a model: packed linears that unpack as they are used, text token by token, and the check of an artifact in a
-fresh process.
-"""
+"""Run a model on torch: packed linears that unpack as they are used, and the check of an artifact in a new process."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,37 +31,6 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`."""
         return nn.functional.linear(x, self.packed.dense().to(x.dtype), self.bias)
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    tokens: Tensor,
-    limit: int,
-    *,
-    stop: frozenset[int] = frozenset(),
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[int]:
-    """Tokens one after the other, greedy at temperature 0, with the model's own cache.
-
-    Args:
-        tokens: the prompt `[1, length]`.
-        limit: at most so many new tokens.
-        stop: tokens that end the text.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    output = model(input_ids=tokens, use_cache=True)
-    for _ in range(limit):
-        logits = output.logits[0, -1].float()
-        if temperature > 0:
-            token = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=rng))
-        else:
-            token = int(logits.argmax())
-        if token in stop:
-            return
-        yield token
-        output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
 
 
 def main_output(output: Any) -> Tensor:

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -29,6 +30,7 @@ template <int n, typename F>
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 
 inline float float_of_half(uint16_t half) {
 #if defined(__F16C__)
@@ -57,14 +59,32 @@ inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+// Within [-most, most]; most where x is not a number.
+inline Floats bounded(Floats x, float most) {
+  return _mm512_max_ps(_mm512_min_ps(x, floats(most)), floats(-most));
+}
 
 inline Ints ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline Ints load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+// To the nearest integer, ties to even; stored as bytes.
+inline Ints store_rounded(int8_t* p, Floats x) {
+  const __m512i whole = _mm512_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
+  return whole;
+}
+// The larger of a and |x|, compared as bits: a NaN is the largest of all.
+inline Ints larger_magnitude(Ints a, Floats x) {
+  return _mm512_max_epi32(a, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+}
 // Lanes of 0..255 times one number of 16 bits.
 inline Ints scaled(Ints bytes, int32_t n) { return _mm512_madd_epi16(bytes, _mm512_set1_epi32(n)); }
+
+inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
+inline int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
 
 inline Floats load_halves(const void* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -102,7 +122,9 @@ inline Quad quad(const int32_t* p) { return _mm512_set1_epi32(*p); }
 template <bool wide>
 inline Ints dot(Ints acc, Bytes codes, Quad x) {
 #if defined(__AVX512VNNI__)
-  return _mm512_dpbusd_epi32(acc, codes, x);
+  // As text, because GCC copies the sum before each intrinsic, and runs out of registers where there are many sums.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
+  return acc;
 #else
   // Pairs of products stay within 16 bits while codes are below 128; the highest bit goes through by itself.
   const __m512i ones = _mm512_set1_epi16(1);
@@ -154,6 +176,11 @@ inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_
 inline Floats fma(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
 }
+inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
+inline Floats bounded(Floats x, float most) {
+  const __m256 high = _mm256_set1_ps(most), low = _mm256_set1_ps(-most);
+  return {_mm256_max_ps(_mm256_min_ps(x.a, high), low), _mm256_max_ps(_mm256_min_ps(x.b, high), low)};
+}
 
 inline Ints ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Bytes load_bytes(const void* p) {
@@ -168,9 +195,35 @@ inline Ints load(const int32_t* p) { return load_bytes(p); }
 inline void store(int32_t* p, Ints x) { store_bytes(p, x); }
 inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline Ints store_rounded(int8_t* p, Floats x) {
+  const Ints whole = {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)};
+  const __m256i narrow = _mm256_packs_epi32(whole.a, whole.b);  // within each half: a b a b
+  const __m256i order = _mm256_permute4x64_epi64(narrow, 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1)));
+  return whole;
+}
+inline Ints larger_magnitude(Ints a, Floats x) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_max_epi32(a.a, _mm256_and_si256(_mm256_castps_si256(x.a), magnitude)),
+          _mm256_max_epi32(a.b, _mm256_and_si256(_mm256_castps_si256(x.b), magnitude))};
+}
 inline Ints scaled(Ints bytes, int32_t n) {
   const __m256i many = _mm256_set1_epi32(n);
   return {_mm256_madd_epi16(bytes.a, many), _mm256_madd_epi16(bytes.b, many)};
+}
+
+inline int32_t largest(Ints x) {
+  const __m256i most = _mm256_max_epi32(x.a, x.b);
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+inline int32_t total(Ints x) {
+  const __m256i sum = _mm256_add_epi32(x.a, x.b);
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
 inline Floats halves(__m128i a, __m128i b) { return {_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)}; }
@@ -254,13 +307,31 @@ inline void store(float* p, Floats x) { std::memcpy(p, x.v, sizeof x.v); }
 inline Floats mul(Floats a, Floats b) { return each<Floats>([&](size_t i) { return a.v[i] * b.v[i]; }); }
 inline Floats add(Floats a, Floats b) { return each<Floats>([&](size_t i) { return a.v[i] + b.v[i]; }); }
 inline Floats fma(Floats a, Floats b, Floats c) { return add(mul(a, b), c); }
+inline Floats div(Floats a, Floats b) { return each<Floats>([&](size_t i) { return a.v[i] / b.v[i]; }); }
+inline Floats bounded(Floats x, float most) {
+  return each<Floats>([&](size_t i) { return std::max(x.v[i] < most ? x.v[i] : most, -most); });
+}
 
 inline Ints ints(int32_t x) { return each<Ints>([&](size_t) { return x; }); }
 inline Ints load(const int32_t* p) { return each<Ints>([&](size_t i) { return p[i]; }); }
 inline void store(int32_t* p, Ints x) { std::memcpy(p, x.v, sizeof x.v); }
 inline Ints add(Ints a, Ints b) { return each<Ints>([&](size_t i) { return a.v[i] + b.v[i]; }); }
 inline Floats to_floats(Ints x) { return each<Floats>([&](size_t i) { return static_cast<float>(x.v[i]); }); }
+// Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
+inline Ints store_rounded(int8_t* p, Floats x) {
+  constexpr float magic = 0x1.8p23f;
+  const Ints whole = each<Ints>(
+      [&](size_t i) { return std::bit_cast<int32_t>(x.v[i] + magic) - std::bit_cast<int32_t>(magic); });
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(whole.v[i]);
+  return whole;
+}
+inline Ints larger_magnitude(Ints a, Floats x) {
+  return each<Ints>([&](size_t i) { return std::max(a.v[i], std::bit_cast<int32_t>(x.v[i]) & 0x7fffffff); });
+}
 inline Ints scaled(Ints bytes, int32_t n) { return each<Ints>([&](size_t i) { return bytes.v[i] * n; }); }
+
+inline int32_t largest(Ints x) { return *std::max_element(x.v, x.v + kLanes); }
+inline int32_t total(Ints x) { return std::accumulate(x.v, x.v + kLanes, 0); }
 
 inline Bytes load_bytes(const void* p) {
   Bytes r;

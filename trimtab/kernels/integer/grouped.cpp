@@ -6,7 +6,9 @@
 namespace trimtab {
 namespace {
 
-constexpr int kColumnsAtOnce = 512;  // expanded for a block of tiles: with the inputs' share they fit the nearest cache
+// Columns of a block of tiles that are expanded together: they fit the second cache, from which each panel of inputs
+// reads them in order, and so many that sums seldom go out to y and back.
+constexpr int kColumnsAtOnce = 2048;
 
 int rows_of(const std::vector<Stored>& parts) {
   int rows = 0;
@@ -55,7 +57,13 @@ void GroupedWeight::apply(const float* x, int ldx, int m, float* y, int ldy, std
   inputs.quantise(layout_, x, ldx, team);
   if (by_stream(m)) {
     const auto [first, last] = team.share(tiles());
-    kernels_of(layout_.bits, has_table_).stream[m - 1](view(), inputs.panel(layout_, 0), first, last, y, ldy);
+    const Tiles view = this->view();
+    const auto& stream = kernels_of(layout_.bits, has_table_).stream;
+    for (int tile = first; tile < last; ++tile)
+      for (int p = 0; p < inputs.panels; ++p) {
+        const int i0 = inputs.first(p), count = inputs.first(p + 1) - i0;
+        stream[count - 1](view, inputs.panel(layout_, p), tile, y + static_cast<size_t>(i0) * ldy, ldy);
+      }
   } else {
     through_tiles(inputs, y, ldy, scratch + Inputs::bytes(layout_, m) + expanded_bytes() * team.rank, team);
   }
@@ -88,14 +96,22 @@ void GroupedWeight::through_tiles(const Inputs& inputs, float* y, int ldy, std::
       }
       for (int p = 0; p < inputs.panels; ++p) {
         const int i0 = inputs.first(p), count = inputs.first(p + 1) - i0;
+        for (int i = 0; i < count; ++i) simd::prefetch_to_write(y + static_cast<size_t>(i0 + i) * ldy + tile0 * kRows);
         alignas(64) float out[kInputs * kTiles * kRows] = {};
         micro_of(count, n, wide)(layout_, inputs.panel(layout_, p), expanded, from, to, out);
         for (int i = 0; i < count; ++i)
           for (int t = 0; t < n; ++t) {
             const int row0 = (tile0 + t) * kRows, here = std::min(kRows, rows - row0);
             float* target = y + static_cast<size_t>(i0 + i) * ldy + row0;
-            const float* sum = out + (i * n + t) * kRows;
-            for (int r = 0; r < here; ++r) target[r] = (from > 0 ? target[r] : 0.0f) + sum[r] * view.factors[row0 + r];
+            float* sum = out + (i * n + t) * kRows;
+            const simd::Floats factor = simd::load(view.factors + row0);
+            if (here == kRows) {
+              const simd::Floats before = from > 0 ? simd::load(target) : simd::floats(0);
+              simd::store(target, simd::fma(simd::load(sum), factor, before));
+            } else {
+              simd::store(sum, simd::mul(simd::load(sum), factor));
+              for (int r = 0; r < here; ++r) target[r] = (from > 0 ? target[r] : 0.0f) + sum[r];
+            }
           }
       }
     }

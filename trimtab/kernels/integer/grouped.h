@@ -33,7 +33,7 @@ class GroupedWeight : public Weight {
  private:
   Tiles view() const;
   int tiles() const { return Layout::ceil(rows, kRows); }
-  bool by_stream(int m) const { return m <= kStream && streams(layout_); }
+  bool by_stream(int m) const { return m <= kStreamed && streams(layout_); }
   int spans_at_once() const;
   size_t expanded_bytes() const;
   void pack(const std::vector<Stored>& parts, const uint8_t* recode);

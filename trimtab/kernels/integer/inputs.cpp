@@ -1,34 +1,46 @@
 #include "integer/inputs.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 
+#include "base/simd.h"
+
 namespace trimtab {
 namespace {
 
+// Columns of a span, filled up to whole chunks and vectors.
+constexpr int kMost = 512;
+
 size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// The largest magnitude, found among the bits so that a NaN counts as the largest of all.
-float largest(const float* x, int count) {
-  int32_t most = 0;
-  for (int c = 0; c < count; ++c) most = std::max(most, std::bit_cast<int32_t>(x[c]) & 0x7fffffff);
-  return std::bit_cast<float>(most);
+// Columns in steps of a vector; the last, short one is filled up with zeros.
+template <typename F>
+void by_vectors(const float* x, int count, F f) {
+  int c = 0;
+  for (; c + simd::kLanes <= count; c += simd::kLanes) f(c, simd::load(x + c));
+  if (c == count) return;
+  float rest[simd::kLanes] = {};
+  std::copy_n(x + c, count - c, rest);
+  f(c, simd::load(rest));
 }
 
-// Rounds to nearest even by pushing the fraction out of the mantissa. Returns the sum of what was written.
+// The largest magnitude; a NaN counts as the largest of all.
+float largest(const float* x, int count) {
+  simd::Ints most = simd::ints(0);
+  by_vectors(x, count, [&](int, simd::Floats v) { most = simd::larger_magnitude(most, v); });
+  return std::bit_cast<float>(simd::largest(most));
+}
+
+// Writes q, and zeros up to a whole vector; returns the sum.
 int32_t round_all(const float* x, int count, float scale, int8_t* q) {
-  constexpr float magic = 0x1.8p23f;
-  int32_t sum = 0;
-  for (int c = 0; c < count; ++c) {
-    float t = x[c] / scale;
-    t = t < 127.0f ? t : 127.0f;
-    t = t > -127.0f ? t : -127.0f;
-    const int32_t code = std::bit_cast<int32_t>(t + magic) - std::bit_cast<int32_t>(magic);
-    q[c] = static_cast<int8_t>(code);
-    sum += code;
-  }
-  return sum;
+  simd::Ints sums = simd::ints(0);
+  by_vectors(x, count, [&](int c, simd::Floats v) {
+    const simd::Floats steps = simd::bounded(simd::div(v, simd::floats(scale)), 127);
+    sums = simd::add(sums, simd::store_rounded(q + c, steps));
+  });
+  return simd::total(sums);
 }
 
 }  // namespace
@@ -81,7 +93,8 @@ void Inputs::quantise(const Layout& layout, const float* x, int ldx, const Team&
     const size_t before = static_cast<size_t>(first(p)) * layout.spans + static_cast<size_t>(span) * inputs;
     const float* row = x + static_cast<size_t>(i) * ldx;
 
-    alignas(64) int8_t codes[1024] = {};
+    alignas(64) int8_t codes[kMost];
+    std::memset(codes, 0, 4 * layout.vectors);
     const auto from = layout.columns(span, 0), to = layout.columns(span, layout.join - 1);
     const float s = largest(row + from.first, to.first + to.count - from.first) / 127.0f;
     scale[before + lane] = s;
@@ -91,7 +104,11 @@ void Inputs::quantise(const Layout& layout, const float* x, int ldx, const Team&
       minus[before * layout.join + static_cast<size_t>(j) * inputs + lane] = -sum;
     }
     int32_t* out = q + before * layout.vectors + lane;
-    for (int v = 0; v < layout.vectors; ++v) std::memcpy(out + static_cast<size_t>(v) * inputs, codes + 4 * v, 4);
+    if (inputs == 1) {
+      std::memcpy(out, codes, 4 * layout.vectors);
+    } else {
+      for (int v = 0; v < layout.vectors; ++v) std::memcpy(out + static_cast<size_t>(v) * inputs, codes + 4 * v, 4);
+    }
   }
   team.sync();
 }

@@ -19,12 +19,13 @@ struct Tiles {
 };
 
 // Inputs that the kernels take at once, and tiles whose rows they serve with them: as many sums as there are registers.
+// Up to `kStreamed` inputs it costs less to take a tile's bits apart for every `kStream` of them than to expand it.
 #if defined(__AVX512F__)
-constexpr int kStream = 8, kInputs = 12, kTiles = 2;
+constexpr int kStream = 8, kStreamed = 32, kInputs = 12, kTiles = 2;
 #elif defined(__AVX2__)
-constexpr int kStream = 4, kInputs = 4, kTiles = 1;
+constexpr int kStream = 4, kStreamed = 8, kInputs = 4, kTiles = 1;
 #else
-constexpr int kStream = 1, kInputs = 4, kTiles = 1;
+constexpr int kStream = 1, kStreamed = 1, kInputs = 4, kTiles = 1;
 #endif
 
 // Spans of a few tiles as bytes, with scales and zero points in 32 bits: what the second path computes on.
@@ -38,8 +39,8 @@ struct Kernels {
   int chunk;
   // Spans [from, to) of a tile, written at its place among `tiles`.
   void (*expand)(const Tiles& tiles, int tile, int from, int to, uint8_t* codes, int stride);
-  // Tiles [first, last) by `inputs` inputs, straight from the stream; null where a chunk straddles groups.
-  void (*stream[kStream])(const Tiles& tiles, const Panel& panel, int first, int last, float* y, int ldy);
+  // A tile by 1 .. kStream inputs, straight from the stream.
+  void (*stream[kStream])(const Tiles& tiles, const Panel& panel, int tile, float* y, int ldy);
 };
 
 // Whether each group fills chunks, so that the stream needs no expanding first.

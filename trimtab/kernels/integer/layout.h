@@ -2,8 +2,8 @@
 //
 // A tile is 16 rows. Its columns are cut into spans: the columns whose inputs share a scale. A vector is 64 bytes: 16
 // rows times 4 neighbouring columns, so that one instruction serves 16 rows with 4 inputs broadcast from memory. The
-// codes of a span's vectors lie one after the other, in planes of bits; before each run of spans lie the scales and zero
-// points that belong to it. A tile, and so a whole matrix, is read as one stream.
+// codes of a span's vectors lie one after the other, in planes of bits; before each run of spans lie the scales and
+// zero points that belong to it. A tile, and so a whole matrix, is read as one stream.
 #pragma once
 
 #include <algorithm>
@@ -81,6 +81,8 @@ struct Layout {
   }
   size_t codes_at(int span) const { return (span / run_spans() + 1) * head_bytes() + span * span_bytes(); }
   int head_group(int span, int j) const { return pieces == 1 ? span % run_spans() * join + j : 0; }
+  // From one group's zero points to the next one's within a run.
+  int head_step() const { return pieces == 1 ? kRows : 0; }
   size_t scale_at(int span, int j) const {
     return head_at(span) + static_cast<size_t>(head_group(span, j)) * kRows * scale_bytes();
   }

@@ -20,12 +20,16 @@ void micro(const Layout& layout, const Panel& panel, const Expanded& w, int from
   const int32_t* zero = w.zero;
   for (int span = from; span < to; ++span, scale += inputs) {
     for (int j = 0; j < layout.join; ++j) {
+      // The sums in `out` stay in memory: kept in registers from one group to the next they would displace `acc`.
+      asm volatile("" ::: "memory");
       Ints acc[inputs][tiles];
-      unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
-        const Ints z = simd::load(zero + t * kRows);
-        unrolled<inputs>([&](auto i) __attribute__((always_inline)) { acc[i][t] = simd::scaled(z, minus[i]); });
+      unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
+        unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
+          acc[i][t] = simd::scaled(simd::load(zero + t * kRows), minus[i]);
+        });
       });
-      for (int v = 0; v < vectors; ++v, q += inputs, codes += tiles * kVector) {
+      int v = vectors;
+      do {
         Bytes code[tiles];
         unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
           code[t] = simd::load_bytes(codes + t * kVector);
@@ -36,12 +40,12 @@ void micro(const Layout& layout, const Panel& panel, const Expanded& w, int from
             acc[i][t] = simd::dot<wide>(acc[i][t], code[t], x);
           });
         });
-      }
-      unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
-        const Floats s = simd::load(group_scale + t * kRows);
-        unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
+        q += inputs, codes += tiles * kVector;
+      } while (--v > 0);
+      unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
+        unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
           float* sum = out + (i * tiles + t) * kRows;
-          const Floats by = simd::mul(s, simd::floats(scale[i]));
+          const Floats by = simd::mul(simd::load(group_scale + t * kRows), simd::floats(scale[i]));
           simd::store(sum, simd::fma(simd::to_floats(acc[i][t]), by, simd::load(sum)));
         });
       });

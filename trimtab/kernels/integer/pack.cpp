@@ -12,7 +12,11 @@ template <int bits>
 uint64_t eight(const Stored& part, uint64_t at) {
   const size_t byte = at / 8;
   uint64_t word = 0;
-  std::memcpy(&word, part.codes + byte, std::min<size_t>(8, part.bytes - byte));
+  if (byte + 8 <= part.bytes) {
+    std::memcpy(&word, part.codes + byte, 8);
+  } else {
+    std::memcpy(&word, part.codes + byte, part.bytes - byte);
+  }
   if constexpr (bits == 8) return word;
   word >>= at % 8;
   constexpr uint64_t ones = 0x0101010101010101, mask = ones * ((1 << bits) - 1);
@@ -25,6 +29,30 @@ uint64_t eight(const Stored& part, uint64_t at) {
 #endif
 }
 
+uint64_t recoded(uint64_t codes, const uint8_t* recode) {
+  uint64_t result = 0;
+  for (int i = 0; i < 64; i += 8) result |= uint64_t{recode[codes >> i & 255]} << i;
+  return result;
+}
+
+// From 8 columns a row to vectors of 4 columns a row.
+void interleave(const uint64_t* apart, size_t pairs, uint8_t* vectors) {
+  for (size_t p = 0; p < pairs; ++p, apart += kRows, vectors += 2 * kVector) {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_loadu_si512(apart), high = _mm512_loadu_si512(apart + 8);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    _mm512_storeu_si512(vectors, _mm512_permutex2var_epi32(low, even, high));
+    _mm512_storeu_si512(vectors + kVector,
+                        _mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
+#else
+    uint32_t first[kRows], second[kRows];
+    for (int r = 0; r < kRows; ++r) first[r] = static_cast<uint32_t>(apart[r]), second[r] = apart[r] >> 32;
+    std::memcpy(vectors, first, kVector);
+    std::memcpy(vectors + kVector, second, kVector);
+#endif
+  }
+}
+
 struct Source {
   const Stored* part;
   int row;
@@ -32,39 +60,54 @@ struct Source {
 
 template <int bits>
 void pack_tile(const Layout& layout, const Source (&rows)[kRows], const uint8_t* recode, std::byte* tile) {
-  const int stride = 4 * layout.vectors + 8;
-  std::vector<uint8_t> apart(static_cast<size_t>(kRows) * stride);
-  std::vector<uint8_t> vectors(static_cast<size_t>(layout.vectors) * kVector);
-  const int scale_bytes = layout.scale_bytes();
+  // Eight columns of the 16 rows lie together, so that both sides of the interleaving are whole cache lines.
+  const size_t pairs = static_cast<size_t>(layout.vectors) / 2 + 1;
+  std::vector<uint64_t> apart(pairs * kRows);
+  std::vector<uint8_t> vectors(pairs * 2 * kVector);
   for (int span = 0; span < layout.spans; ++span) {
     std::fill(apart.begin(), apart.end(), 0);
     for (int j = 0; j < layout.join; ++j) {
       const auto [first, count] = layout.columns(span, j);
-      if (count <= 0) continue;
-      const int group = layout.group_of(span, j);
-      for (int r = 0; r < kRows; ++r) {
-        const auto& [part, row] = rows[r];
+      const int place = j * layout.block;
+      for (int r = 0; r < kRows && count > 0; ++r) {
+        const auto [part, row] = rows[r];
         if (part == nullptr) continue;
-        uint8_t* to = apart.data() + r * stride + j * layout.block;
         const uint64_t start = (static_cast<uint64_t>(row) * layout.cols + first) * bits;
         for (int c = 0; c < count; c += 8) {
           uint64_t codes = eight<bits>(*part, start + static_cast<uint64_t>(c) * bits);
+          if (recode != nullptr) codes = recoded(codes, recode);
           if (count - c < 8) codes &= (uint64_t{1} << (8 * (count - c))) - 1;
-          std::memcpy(to + c, &codes, 8);
+          uint64_t* to = apart.data() + static_cast<size_t>(place + c) / 8 * kRows + r;
+          if ((place + c) % 8 == 0) {
+            *to = codes;
+          } else {  // groups of an odd number of vectors
+            *to |= codes << 32, to[kRows] = codes >> 32;
+          }
         }
-        if (recode != nullptr)
-          for (int c = 0; c < count; ++c) to[c] = recode[to[c]];
-        const size_t at = static_cast<size_t>(row) * layout.groups + group;
-        std::memcpy(tile + layout.scale_at(span, j) + r * scale_bytes, part->scales + at * scale_bytes, scale_bytes);
-        if (layout.zeros) std::memcpy(tile + layout.zero_at(span, j) + r, part->zeros + at, 1);
       }
     }
-    for (int v = 0; v < layout.vectors; ++v)
-      for (int r = 0; r < kRows; ++r)
-        std::memcpy(vectors.data() + v * kVector + 4 * r, apart.data() + r * stride + 4 * v, 4);
+    interleave(apart.data(), pairs, vectors.data());
     std::byte* to = tile + layout.codes_at(span);
     for (int v = 0; v < layout.vectors; v += Planes<bits>::kChunk, to += Planes<bits>::kBytes)
-      Planes<bits>::encode(vectors.data() + v * kVector, to);
+      Planes<bits>::encode(vectors.data() + static_cast<size_t>(v) * kVector, to);
+  }
+}
+
+// Scales and zero points of a tile, row by row as they are stored.
+template <typename T>
+void pack_heads(const Layout& layout, const Source (&rows)[kRows], std::byte* tile) {
+  for (int r = 0; r < kRows; ++r) {
+    const auto [part, row] = rows[r];
+    if (part == nullptr) continue;
+    const size_t first = static_cast<size_t>(row) * layout.groups;
+    for (int span = 0; span < layout.spans; ++span)
+      for (int j = 0; j < layout.join; ++j) {
+        const int group = layout.group_of(span, j);
+        if (group >= layout.groups) break;
+        const uint8_t* scale = part->scales + (first + group) * sizeof(T);
+        std::memcpy(tile + layout.scale_at(span, j) + r * sizeof(T), scale, sizeof(T));
+        if (layout.zeros) tile[layout.zero_at(span, j) + r] = std::byte{part->zeros[first + group]};
+      }
   }
 }
 
@@ -86,9 +129,15 @@ void GroupedWeight::pack(const std::vector<Stored>& parts, const uint8_t* recode
     const auto [first, last] = team.share(tiles());
     for (int t = first; t < last; ++t) {
       std::byte* tile = data_.data() + t * layout_.tile_bytes();
-      std::memset(tile, 0, layout_.tile_bytes());
       Source rows[kRows];
       std::copy_n(sources.data() + static_cast<size_t>(t) * kRows, kRows, rows);
+      for (int span = 0; span < layout_.spans; span += layout_.run_spans())
+        std::memset(tile + layout_.head_at(span), 0, layout_.head_bytes());
+      if (layout_.scale_bytes() == 2) {
+        pack_heads<uint16_t>(layout_, rows, tile);
+      } else {
+        pack_heads<uint8_t>(layout_, rows, tile);
+      }
       kPackTile[layout_.bits - 1](layout_, rows, recode, tile);
     }
   });

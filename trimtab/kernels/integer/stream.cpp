@@ -30,38 +30,44 @@ void expand(const Tiles& tiles, int tile, int from, int to, uint8_t* codes, int 
   constexpr int chunk = Planes<bits>::kChunk;
   for (int span = from; span < to; ++span) {
     const std::byte* p = tiles.tile(tile) + layout.codes_at(span);
-    for (int v = 0; v < layout.vectors; v += chunk, p += Planes<bits>::kBytes)
+    for (int v = 0; v < layout.vectors; v += chunk, p += Planes<bits>::kBytes) {
+      for (int line = 0; line < Planes<bits>::kBytes; line += 64) simd::prefetch(p + kAhead + line);
       unrolled<chunk>([&](auto i) __attribute__((always_inline)) {
         simd::store_bytes(codes, vector_at<bits, table, i>(p, tiles.table));
         codes += stride;
       });
+    }
   }
 }
 
 template <int bits, bool table, int inputs>
-void stream(const Tiles& tiles, const Panel& panel, int first, int last, float* y, int ldy) {
+void stream(const Tiles& tiles, const Panel& panel, int tile, float* y, int ldy) {
   constexpr int sums = sums_of(inputs), step = step_of(bits);
   const Layout& layout = tiles.layout;
-  const int vectors = layout.block / 4, spans = layout.spans, join = layout.join;
-  for (int tile = first; tile < last; ++tile) {
-    const std::byte* const base = tiles.tile(tile);
-    Floats out[inputs];
-    unrolled<inputs>([&](auto i) { out[i] = simd::floats(0); });
-    const int32_t* q = panel.q;
-    const int32_t* minus = panel.minus;
-    const float* scale = panel.scale;
-    for (int span = 0; span < spans; ++span, scale += inputs) {
-      const std::byte* p = base + layout.codes_at(span);
-      for (int j = 0; j < join; ++j, minus += inputs) {
-        const Ints zero =
-            layout.zeros ? simd::load_bytes_wide(base + layout.zero_at(span, j)) : simd::ints(layout.zero);
+  const int vectors = layout.block / 4, spans = layout.spans, join = layout.join, run = layout.run_spans();
+  const int scale_step = layout.head_step() * layout.scale_bytes(), zero_step = layout.zeros ? layout.head_step() : 0;
+  const size_t head = layout.head_bytes(), scales = layout.zero_at(0, 0);
+  const Ints zero_of_all = simd::ints(layout.zero);
+  Floats out[inputs];
+  unrolled<inputs>([&](auto i) { out[i] = simd::floats(0); });
+  const std::byte* p = tiles.tile(tile);
+  const int32_t* q = panel.q;
+  const int32_t* minus = panel.minus;
+  const float* scale = panel.scale;
+  for (int first = 0; first < spans; first += run) {
+    const std::byte *scale_at = p, *zero_at = p + scales;
+    p += head;
+    for (int span = first; span < std::min(first + run, spans); ++span, scale += inputs) {
+      for (int j = 0; j < join; ++j) {
+        const Ints zero = layout.zeros ? simd::load_bytes_wide(zero_at) : zero_of_all;
         Ints acc[inputs][sums];
         unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
           unrolled<sums>([&](auto s) __attribute__((always_inline)) {
             acc[i][s] = s == 0 ? simd::scaled(zero, minus[i]) : simd::ints(0);
           });
         });
-        for (int v = 0; v < vectors; v += step) {
+        int v = vectors;
+        do {
           unrolled<step>([&](auto k) __attribute__((always_inline)) {
             const Bytes w = vector_at<bits, table, k>(p, tiles.table);
             unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
@@ -71,29 +77,30 @@ void stream(const Tiles& tiles, const Panel& panel, int first, int last, float* 
           });
           for (int line = 0; line < step * 8 * bits; line += 64) simd::prefetch(p + kAhead + line);
           p += step * 8 * bits, q += step * inputs;
-        }
-        const Floats s = scale_of(layout, base + layout.scale_at(span, j));
+        } while ((v -= step) > 0);
+        const Floats s = scale_of(layout, scale_at);
         unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
           Ints sum = acc[i][0];
           unrolled<sums - 1>([&](auto k) __attribute__((always_inline)) { sum = simd::add(sum, acc[i][k + 1]); });
           out[i] = simd::fma(simd::to_floats(sum), simd::mul(s, simd::floats(scale[i])), out[i]);
         });
+        minus += inputs, scale_at += scale_step, zero_at += zero_step;
       }
     }
-    const Floats factor = simd::load(tiles.factors + tile * kRows);
-    const int rows = std::min(kRows, tiles.rows - tile * kRows);
-    unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
-      float* to = y + static_cast<size_t>(i) * ldy + tile * kRows;
-      const Floats result = simd::mul(out[i], factor);
-      if (rows == kRows) {
-        simd::store(to, result);
-      } else {
-        float part[kRows];
-        simd::store(part, result);
-        std::copy_n(part, rows, to);
-      }
-    });
   }
+  const Floats factor = simd::load(tiles.factors + tile * kRows);
+  const int rows = std::min(kRows, tiles.rows - tile * kRows);
+  unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
+    float* to = y + static_cast<size_t>(i) * ldy + tile * kRows;
+    const Floats result = simd::mul(out[i], factor);
+    if (rows == kRows) {
+      simd::store(to, result);
+    } else {
+      float part[kRows];
+      simd::store(part, result);
+      std::copy_n(part, rows, to);
+    }
+  });
 }
 
 template <int bits, bool table>

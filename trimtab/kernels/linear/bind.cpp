@@ -1,10 +1,40 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
 
 #include "base/arrays.h"
 #include "linear/weight.h"
 
 namespace trimtab {
+namespace {
+
+// Seconds of each of `turns` products of the weights, one weight after the other, with memory that is already there.
+std::vector<double> seconds(const std::vector<std::shared_ptr<Weight>>& weights, Array2<float> x, int turns) {
+  require(!weights.empty() && turns >= 1 && x.shape(0) >= 1, "timing needs weights, inputs and turns");
+  const int m = static_cast<int>(x.shape(0)), rows = weights[0]->rows, cols = weights[0]->cols;
+  size_t scratch = 0;
+  for (const auto& w : weights) {
+    require(w->rows == rows && w->cols == cols, "weights that are timed together have one shape");
+    scratch = std::max(scratch, w->scratch(m));
+  }
+  require(x.shape(1) == static_cast<size_t>(cols), "x and the weights differ in their columns");
+  Buffer memory(scratch), out(sizeof(float) * m * rows);
+  auto* y = reinterpret_cast<float*>(out.data());
+  std::vector<double> found(turns);
+  nb::gil_scoped_release release;
+  Pool::get().run([&](const Team& team) {
+    for (int turn = 0; turn < turns; ++turn) {
+      const auto start = std::chrono::steady_clock::now();
+      weights[turn % weights.size()]->apply(x.data(), cols, m, y, rows, memory.data(), team);
+      if (team.rank == 0) found[turn] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+  });
+  return found;
+}
+
+}  // namespace
 
 void bind_linear(nb::module_& module) {
   nb::class_<Weight>(module, "Weight", "A packed weight matrix, interleaved for the kernels.")
@@ -40,6 +70,8 @@ void bind_linear(nb::module_& module) {
             return result;
           },
           nb::arg("row"), "A row unpacked, fp32.");
+  module.def("seconds", &seconds, nb::arg("weights"), nb::arg("x"), nb::arg("turns"),
+             "Seconds of each of `turns` products x [m, cols] to [m, rows], with one weight after the other.");
 }
 
 }  // namespace trimtab

@@ -1,0 +1,304 @@
+"""How fast text is written: our program beside what else runs the same model on this machine, and beside its memory.
+
+A Llama of 1.1 billion random weights is written to a temporary folder, block by block, and packed by rounding to
+nearest at several levels. Then, all in one process and in turns, each engine reads prompts of 128 and 512 tokens and
+writes text for 1, 4, 8 and 16 sequences at once, after prompts of 128 tokens: our program at each level, `generate` of
+transformers in bf16, and the same with linears that torch quantises dynamically to 8 bits. Figures are medians.
+`share_of_bandwidth` is the bytes that a token reads, weights and cache, times tokens a second, over the rate at which
+the same process reads 1 GiB. Last, a process of its own for each engine loads the model from the folder and gives its
+first token. A JSON line is printed and appended to records/benchmarks/decode.jsonl.
+
+    python benchmarks/decode.py                        # half an hour, 14 GB of memory, 5 GB of disk
+    python benchmarks/decode.py --levels 4b/g32        # one level
+    python benchmarks/decode.py --small                # two blocks, to see that it runs; nothing is recorded
+    python benchmarks/decode.py --ours --profile       # where our program spends its time; nothing is recorded
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.level import parse_level
+from trimtab.core.method import Solver, method
+from trimtab.formats.packed import Packed
+
+RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "decode.jsonl"
+LARGE: dict[str, Any] = {
+    **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 2048},
+}
+SMALL: dict[str, Any] = LARGE | {"num_hidden_layers": 2}
+LEVELS = ("4b/g32", "8b/g32", "2b/g32", "bf16")
+BATCHES, LENGTHS = (1, 4, 8, 16), (128, 512)
+PROMPT = 128  # tokens before a text is written
+OURS = """
+import time, trimtab
+loaded = trimtab.load({0!r}, packed=True)
+int(loaded.writer(256).extend(0, list(range(16))).argmax())
+print(time.time())
+"""
+THEIRS = """
+import time, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({0!r}, dtype=torch.bfloat16)
+with torch.no_grad():
+    int(model(input_ids=torch.arange(16)[None], use_cache=True).logits[0, -1].argmax())
+print(time.time())
+"""
+
+
+# ---- the model
+
+
+def write_model(folder: Path, sizes: dict[str, Any]) -> None:
+    """Random weights in bf16, one shard at a time in memory."""
+    from transformers import LlamaConfig
+
+    from trimtab.formats.checkpoint import write_safetensors
+    from trimtab.models.source import skeleton_of
+
+    config = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(folder)
+    shapes = {name: tuple(p.shape) for name, p in skeleton_of(config.to_dict(), str(folder)).named_parameters()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        rng = torch.Generator().manual_seed(0)
+        for name, shape in shapes.items():
+            random = torch.randn(shape, generator=rng) / shape[-1] ** 0.5
+            yield name, (random if len(shape) > 1 else torch.ones(shape)).bfloat16()
+
+    write_safetensors(tensors(), folder / "model.safetensors", shard_bytes=250_000_000)
+
+
+def write_packed(source: Path, folder: Path, text: str) -> int:
+    """The model at one level, without a fit; bytes of its folder."""
+    from trimtab.formats.checkpoint import Checkpoint
+    from trimtab.models.artifact import write_artifact
+
+    checkpoint, level, solver = Checkpoint(source), parse_level(text), method("rtn")
+    assert isinstance(solver, Solver)
+    shapes = {n: (list(checkpoint.shape(n)), False) for n in checkpoint.names() if len(checkpoint.shape(n)) > 1}
+
+    def tensors() -> Iterator[tuple[str, Tensor | Packed]]:
+        for name in checkpoint.names():
+            weight = checkpoint.read(name)
+            yield name, solver.solve(weight.float(), level) if name in shapes and text != "bf16" else weight
+
+    manifest = {"task": "causal-lm", "edits": [], "source": {"name": "random"}, "plan": f"rtn @ {text}"}
+    return write_artifact(folder, tensors(), shapes, manifest, [source / "config.json"])
+
+
+# ---- the engines
+
+
+class Ours:
+    """The compiled program at one level."""
+
+    def __init__(self, folder: Path) -> None:
+        from trimtab.engine.session import Runtime, Session
+        from trimtab.loading import load
+
+        loaded = load(folder, packed=True)
+        runtime = Runtime(loaded.model, loaded.packed, share=True)
+        writer = runtime.open(1024, sequences=max(BATCHES))
+        assert isinstance(writer, Session) and runtime.form is not None, "there is no program to measure"
+        self.writer = writer
+        self.read = runtime.weights.read_bytes(runtime.form) + runtime.form.cache_bytes(PROMPT)
+
+    def prefill(self, tokens: Tensor) -> float:
+        self.writer.forget(0)
+        start = time.perf_counter()
+        int(self.writer.extend(0, tokens.tolist()).argmax())
+        return time.perf_counter() - start
+
+    def decode(self, batch: int, prompt: Tensor, steps: int) -> list[float]:
+        for sequence in range(batch):
+            self.writer.forget(sequence)
+            self.writer.extend(sequence, prompt.tolist())
+        spent, tokens = [], dict.fromkeys(range(batch), 1)
+        for _ in range(steps):
+            start = time.perf_counter()
+            tokens = dict(enumerate(self.writer.step(tokens).argmax(1).tolist()))
+            spent.append(time.perf_counter() - start)
+        return spent
+
+    def profile(self, work: Callable[[], Any]) -> dict[str, float]:
+        """Share of the time of each kind of operation."""
+        program = self.writer.program
+        before = dict(program.profile())
+        program.timed = True
+        work()
+        program.timed = False
+        spent = {name: seconds - before[name] for name, seconds in program.profile()}
+        whole = sum(spent.values())
+        return {name: round(s / whole, 3) for name, s in sorted(spent.items(), key=lambda p: -p[1]) if s > whole / 500}
+
+
+class Clock:
+    """What `generate` hands its tokens to: when each step was done."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class Transformers:
+    """`generate` of transformers, in bf16 or with linears that torch quantises dynamically."""
+
+    def __init__(self, folder: Path, dynamic: bool) -> None:
+        from transformers import AutoModelForCausalLM
+
+        dtype = torch.float32 if dynamic else torch.bfloat16
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        if dynamic:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.ao.quantization.quantize_dynamic(self.model, {nn.Linear}, torch.qint8, inplace=True)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> float:
+        start = time.perf_counter()
+        int(self.model(input_ids=tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+        return time.perf_counter() - start
+
+    def decode(self, batch: int, prompt: Tensor, steps: int) -> list[float]:
+        clock = Clock()
+        ids = prompt.expand(batch, -1)
+        options = {"min_new_tokens": steps + 1, "max_new_tokens": steps + 1, "do_sample": False, "pad_token_id": 0}
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+        return [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+
+
+# ---- measuring
+
+
+def bandwidth() -> float:
+    """Bytes a second at which torch adds up 1 GiB, at best."""
+    many = torch.ones(1 << 28)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        many.sum()
+        best = min(best, time.perf_counter() - start)
+    return many.numel() * 4 / best
+
+
+def cold(code: str, folder: Path) -> float:
+    """Seconds from the start of a process to the first token of the model that it loads."""
+    start = time.time()
+    done = subprocess.run([sys.executable, "-c", code.format(str(folder))], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1]) - start
+
+
+def rounded(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
+def measure(engines: dict[str, Any], prompt: Tensor, steps: int, turns: int) -> dict[str, dict[str, float]]:
+    """Tokens a second of every engine, in turns: medians."""
+    spent: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
+    for turn in range(turns + 1):
+        for length in LENGTHS:
+            for name, engine in engines.items():
+                spent[name].setdefault(f"prefill_{length}", []).append(engine.prefill(prompt[:length]) / length)
+        for batch in BATCHES:
+            for name, engine in engines.items():
+                each = engine.decode(batch, prompt[:PROMPT], steps if turn else 2)
+                spent[name].setdefault(f"decode_{batch}", []).extend(seconds / batch for seconds in each)
+        if turn == 0:  # it warmed up
+            spent = {name: {} for name in engines}
+    return {
+        name: {what: rounded(1 / statistics.median(seconds)) for what, seconds in found.items()}
+        for name, found in spent.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="two blocks; nothing is recorded")
+    parser.add_argument("--levels", nargs="+", default=LEVELS, help="what our program is measured at")
+    parser.add_argument("--ours", action="store_true", help="our program alone; nothing is recorded")
+    parser.add_argument("--profile", action="store_true", help="shares of time by operation, on standard error")
+    parser.add_argument("--folder", type=Path, help="where the models lie and stay; a temporary folder otherwise")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--turns", type=int, default=3)
+    asked = parser.parse_args()
+
+    from trimtab.evidence import machine, versions
+    from trimtab.kernels.native import native
+
+    kernels = native()
+    assert kernels is not None, "no kernels were compiled, so there is nothing to measure"
+    kernels.set_threads(asked.threads)
+    torch.set_num_threads(asked.threads)
+    load = os.getloadavg()[0]
+    sizes = SMALL if asked.small else LARGE
+    prompt = torch.randint(1000, (max(PROMPT, *LENGTHS),), generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as temporary:
+        root = (asked.folder or Path(temporary)) / ("small" if asked.small else "large")
+        plain = root / "plain"
+        if not (plain / "config.json").is_file():
+            plain.mkdir(parents=True)
+            write_model(plain, sizes)
+        engines: dict[str, Any] = {}
+        starts: list[tuple[str, str, Path]] = []
+        for level in asked.levels:
+            folder = root / level.replace("/", "-")
+            if not folder.is_dir():
+                write_packed(plain, folder, level)
+            engines[f"ours {level}"] = Ours(folder)
+            starts.append((f"ours {level}", OURS, folder))
+        if not asked.ours:
+            engines["transformers bf16"] = Transformers(plain, False)
+            engines["transformers dynamic int8"] = Transformers(plain, True)
+            starts.append(("transformers bf16", THEIRS, plain))
+        reads = bandwidth()
+        found = measure(engines, prompt, 8 if asked.small else 16, asked.turns)
+        for name, engine in engines.items():
+            if isinstance(engine, Ours):
+                found[name]["bytes_a_token"] = engine.read
+                found[name]["share_of_bandwidth"] = rounded(engine.read * found[name]["decode_1"] / reads)
+                if asked.profile:
+                    for batch in BATCHES:
+                        shares = engine.profile(lambda e=engine, b=batch: e.decode(b, prompt[:2], 8))
+                        print(name, "decode", batch, shares, file=sys.stderr)
+                    print(name, "prefill", engine.profile(lambda e=engine: e.prefill(prompt)), file=sys.stderr)
+        engines.clear()
+        for name, code, folder in starts:
+            found[name]["first_token_seconds"] = rounded(statistics.median(cold(code, folder) for _ in range(3)))
+    row = {
+        **{"benchmark": "decode", "sizes": sizes, "threads": asked.threads},
+        **{"variant": kernels.__name__.rpartition("._")[2], "prompt": PROMPT, "turns": asked.turns},
+        **{"read_bytes_a_second": rounded(reads), "tokens_a_second": found},
+        **{"machine": machine(), "versions": versions(), "load_at_start": round(load, 1)},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    print(json.dumps(row))
+    if not (asked.small or asked.ours):
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        with open(RECORD, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

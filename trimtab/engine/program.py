@@ -1,0 +1,446 @@
+"""A causal language model as a program of the compiled kernels: read off its traced map, with weights shared by all who
+run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.level import Float, Int
+from trimtab.formats.packed import Packed
+from trimtab.kernels.dense.make import dense_weight
+from trimtab.kernels.integer.reference import exact_step, linear
+from trimtab.kernels.weight import kernel_weight
+
+if TYPE_CHECKING:
+    from trimtab.core.modelmap import Attention, ModelMap, Norm, Sublayer
+
+ACTIVATIONS = {  # the names that configurations use, and the kernels'
+    "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+FIXED_ROPE = {"default", "linear", "llama3", "yarn"}  # angles that do not change as a text grows
+
+
+class Unknown(Exception):
+    """The model has something that no program expresses; the message names it."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A normalisation: `rms` or layer, over each of `groups` runs of channels."""
+
+    rms: bool
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Heads:
+    """An attention branch. `inputs` are the paths of q, k and v, or of the one linear that is all three."""
+
+    norm: Scale
+    inputs: tuple[str, ...]
+    output: str
+    heads: int
+    kv_heads: int
+    size: int
+    scale: float
+    window: int
+    q_norm: Scale | None
+    k_norm: Scale | None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A feed-forward branch. `inputs` are the paths of gate and up, of the one linear that is both, or of up alone."""
+
+    norm: Scale
+    inputs: tuple[str, ...]
+    output: str
+    width: int
+    gated: bool
+    activation: str
+
+
+@dataclass(frozen=True)
+class Form:
+    """All that a program needs to know of a model but its weights.
+
+    Fields:
+        embed, position, head: paths; `position` is None where there is no table of positions.
+        offset: row of that table for the first position.
+        embed_scale: factor of the embeddings.
+        branches: in forward order.
+        norm: the last one, or None.
+        rotary: gives cosines and sines `[positions, pairs]` of so many positions, or None.
+        limit: positions that the model knows, or None.
+    """
+
+    width: int
+    vocabulary: int
+    embed: str
+    embed_scale: float
+    position: str | None
+    offset: int
+    branches: tuple[Heads | Gate, ...]
+    norm: Scale | None
+    head: str
+    rotary: Callable[[int], tuple[Tensor, Tensor]] | None
+    limit: int | None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Paths of all weights."""
+        inner = [path for branch in self.branches for path in (*branch.inputs, branch.output)]
+        return tuple(p for p in (self.embed, self.position, *inner, self.head) if p is not None)
+
+    def cache_bytes(self, context: int, sequences: int = 1, width: int = 2) -> int:
+        """Bytes of the keys and values of so many sequences."""
+        channels = sum(2 * b.kv_heads * b.size for b in self.branches if isinstance(b, Heads))
+        return channels * context * sequences * width
+
+
+# ---- from the map to the form
+
+
+def form_of(model: nn.Module, found: ModelMap) -> Form:
+    """What a program has to do for this model.
+
+    Raises:
+        Unknown: it does something that no program expresses.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    norms = {norm.path: norm for norm in found.norms}
+    embed, head = (_one(found, role) for role in ("embed", "lm_head"))
+    position = _one(found, "position", missing=True)
+    doors = {sublayer.norm for sublayer in found.sublayers}
+    last = [n for n in found.norms if n.path not in doors and not any(_inside(n.path, b) for b in found.blocks)]
+    if len(last) > 1:
+        raise Unknown(f"norms outside its blocks: {', '.join(n.path for n in last)}")
+    rotary = _rotary(model)
+    if rotary is None and position is None:
+        raise Unknown("neither a table of positions nor rotary angles")
+    attentions = list(found.attentions)
+    branches: list[Heads | Gate] = []
+    for sublayer in found.sublayers:
+        if sublayer.post_norm is not None or sublayer.norm is None or len(sublayer.outputs) != 1:
+            raise Unknown(f"a norm after the branch {sublayer.path}, or none before it")
+        norm = _scale(model, norms[sublayer.norm])
+        if sublayer.kind == "attention" and attentions:
+            branches.append(_heads(model, found, sublayer, attentions.pop(0), norm, doors))
+        elif sublayer.kind == "mlp":
+            branches.append(_gate(found, sublayer, norm, config))
+        else:
+            raise Unknown(f"the branch {sublayer.path}, of kind {sublayer.kind}")
+    if attentions:
+        raise Unknown(f"an attention outside the residual branches, at {attentions[0].q}")
+    return Form(
+        found.site(embed).shape[1],
+        found.site(head).shape[0],
+        embed,
+        float(getattr(model.get_submodule(embed), "embed_scale", 1.0)),
+        position,
+        int(getattr(model.get_submodule(position), "offset", 0)) if position else 0,
+        tuple(branches),
+        _scale(model, last[0]) if last else None,
+        head,
+        rotary,
+        getattr(config, "max_position_embeddings", None),
+    )
+
+
+def _one(found: ModelMap, role: str, missing: bool = False) -> Any:
+    sites = found.where(role)
+    if len(sites) > 1 or not (sites or missing):
+        raise Unknown(f"{len(sites)} sites of role {role}")
+    return sites[0].path if sites else None
+
+
+def _inside(path: str, block: str) -> bool:
+    return path.startswith(block + ".")
+
+
+def _scale(model: nn.Module, norm: Norm, groups: int = 1) -> Scale:
+    module = model.get_submodule(norm.path)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if norm.kind not in ("rms", "layer") or eps is None:
+        raise Unknown(f"the norm {norm.path}, of kind {norm.kind}")
+    weight = model.get_parameter(norm.weight).detach().float() if norm.weight else None
+    bias = model.get_parameter(norm.bias).detach().float() if norm.bias else None
+    if norm.offset:
+        weight = norm.offset + weight if weight is not None else None
+    return Scale(norm.kind == "rms", weight, bias, float(eps), groups)
+
+
+def _heads(
+    model: nn.Module, found: ModelMap, sublayer: Sublayer, at: Attention, norm: Scale, doors: set[str | None]
+) -> Heads:
+    if at.q is None or at.k is None or at.v is None or at.o is None or at.o != sublayer.output:
+        raise Unknown(f"the attention of {sublayer.path}, whose projections are not one each")
+    inputs = tuple(dict.fromkeys((at.q, at.k, at.v)))
+    if len(inputs) == 2 or set(inputs) != set(sublayer.inputs):
+        raise Unknown(f"the attention of {sublayer.path}, whose projections read other things than the residual")
+    module = model.get_submodule(sublayer.path)
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    block = found.blocks[sublayer.block] if sublayer.block is not None else ""
+    inner = [n for n in found.norms if _inside(n.path, block) and n.path not in doors]
+    if len(inner) not in (0, 2):
+        raise Unknown(f"{len(inner)} norms inside the attention of {sublayer.path}")
+    groups = [h if n.width == at.head_size else 1 for n, h in zip(inner, (at.heads, at.kv_heads), strict=False)]
+    between: list[Scale | None] = [_scale(model, n, g) for n, g in zip(inner, groups, strict=True)]
+    between = between or [None, None]
+    return Heads(
+        norm,
+        inputs,
+        at.o,
+        at.heads,
+        at.kv_heads,
+        at.head_size,
+        float(getattr(module, "scaling", at.head_size**-0.5)),
+        int(window or 0),
+        *between,
+    )
+
+
+def _gate(found: ModelMap, sublayer: Sublayer, norm: Scale, config: Any) -> Gate:
+    output = sublayer.outputs[0]
+    roles = {found.roles[path]: path for path in sublayer.inputs}
+    name = getattr(config, "hidden_act", getattr(config, "activation_function", None))
+    width = found.site(output).shape[1]
+    if found.roles[output] != "down" or set(roles) not in ({"gate", "up"}, {"gate_up"}, {"up"}):
+        raise Unknown(f"the branch {sublayer.path}, whose linears are {', '.join(sorted(roles))}")
+    if name not in ACTIVATIONS:
+        raise Unknown(f"the activation {name}")
+    inputs = tuple(roles[role] for role in ("gate", "gate_up", "up") if role in roles)
+    return Gate(norm, inputs, output, width, "up" not in roles or "gate" in roles, ACTIVATIONS[name])
+
+
+def _rotary(model: nn.Module) -> Callable[[int], tuple[Tensor, Tensor]] | None:
+    """Angles as the model's own module of them gives them."""
+    owners = [module for module in model.modules() if "inv_freq" in dict(module.named_buffers(recurse=False))]
+    if not owners:
+        return None
+    kind = getattr(owners[0], "rope_type", "default")
+    if len(owners) > 1 or kind not in FIXED_ROPE:
+        raise Unknown(f"rotary angles of type {kind}, in {len(owners)} places")
+
+    def angles(positions: int) -> tuple[Tensor, Tensor]:
+        cosine, sine = owners[0](torch.zeros(1), torch.arange(positions)[None])
+        return cosine[0, :, : cosine.shape[-1] // 2].float(), sine[0, :, : sine.shape[-1] // 2].float()
+
+    return angles
+
+
+# ---- weights
+
+
+class Weights:
+    """The weights of a model as the kernels hold them, each made once, whichever programs run it.
+
+    Args:
+        kernels: the compiled kernels, or None for plain torch.
+        packed: parameter name -> reader of the packed weight, for those that an artifact stores packed.
+    """
+
+    def __init__(
+        self, kernels: Any, model: nn.Module, found: ModelMap, packed: Mapping[str, Callable[[], Packed]]
+    ) -> None:
+        self.kernels, self.model, self.packed = kernels, model, packed
+        self.sites = {site.path: site for site in found.sites}
+        self.first = {name: names[0] for names in found.tied for name in names}
+        self.made: dict[tuple[str, ...], Any] = {}
+        self.users: dict[tuple[str, ...], Any] = {}  # paths -> the weight that holds their rows one above the other
+
+    def get(self, paths: tuple[str, ...]) -> list[tuple[Any, tuple[str, ...]]]:
+        """One weight for all of these, one above the other, where they are stored alike; else one each."""
+        keys = tuple(self.first.get(f"{path}.weight", f"{path}.weight") for path in paths)
+        if keys not in self.made:
+            weight = self._make([self._matrix(path) for path in paths])
+            if weight is None:
+                return [pair for path in paths for pair in self.get((path,))]
+            self.made[keys] = weight
+        self.users[paths] = self.made[keys]
+        return [(self.made[keys], paths)]
+
+    def bias(self, paths: tuple[str, ...]) -> np.ndarray | None:
+        """The biases of a weight, end to end; zero where one has none and another has."""
+        found = [getattr(self.model.get_submodule(path), "bias", None) for path in paths]
+        if all(b is None for b in found):
+            return None
+        parts = [
+            torch.zeros(self.sites[path].shape[0]) if b is None else b.detach().float()
+            for path, b in zip(paths, found, strict=True)
+        ]
+        return torch.cat(parts).numpy()
+
+    def is_packed(self, path: str) -> bool:
+        """Whether a site's weight is packed."""
+        held = getattr(self.model.get_submodule(path), "packed", None)
+        return isinstance(held, Packed) or self.first.get(f"{path}.weight", f"{path}.weight") in self.packed
+
+    def forwards(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """path -> a forward of the module there with the weight that was made for it."""
+        made: dict[str, Callable[[Tensor], Tensor]] = {}
+        for paths, weight in self.users.items():
+            first = 0
+            for path in paths:
+                rows = self.sites[path].shape[0]
+                module = self.model.get_submodule(path)
+                if not isinstance(module, nn.Embedding):
+                    made[path] = _linear(module, weight, first, rows)
+                elif type(module).forward is nn.Embedding.forward:
+                    made[path] = _looked_up(weight)
+                first += rows
+        return made
+
+    def nbytes(self, paths: Iterable[str]) -> int:
+        """About how many bytes the weights at these paths take."""
+        total = 0
+        for name in {self.first.get(f"{path}.weight", f"{path}.weight"): path for path in paths}.values():
+            shape = self.sites[name].shape
+            packed = self._matrix(name) if self.is_packed(name) else None
+            total += packed.nbytes if isinstance(packed, Packed) else 2 * shape[0] * shape[1]
+        return total
+
+    def read_bytes(self, form: Form) -> int:
+        """Bytes of weights that a step reads: all of those made but the tables that it looks rows up in."""
+        tables = (form.embed, form.position)
+        read = {id(weight): weight.nbytes for paths, weight in self.users.items() if paths[0] not in tables}
+        return sum(read.values())
+
+    def _matrix(self, path: str) -> Packed | Tensor:
+        """What is stored for a site, `[out, in]`."""
+        module = self.model.get_submodule(path)
+        held = getattr(module, "packed", None)
+        if isinstance(held, Packed):
+            return held
+        reader = self.packed.get(self.first.get(f"{path}.weight", f"{path}.weight"))
+        if reader is not None:
+            return reader()
+        weight = module.get_parameter("weight").detach()
+        return weight.T if self.sites[path].transposed else weight
+
+    def _make(self, matrices: list[Any]) -> Any | None:
+        """One weight of these matrices; None where several are not stored alike."""
+        packed = [m for m in matrices if isinstance(m, Packed)]
+        if not packed:
+            return dense_weight(self.kernels, torch.cat(matrices))
+        if len(packed) < len(matrices) or any(p.level != packed[0].level for p in packed):
+            return None
+        if self.kernels is None:
+            return PlainWeight(packed[0]) if len(packed) == 1 else None
+        weight = kernel_weight(*packed)
+        if weight is None and len(packed) == 1:
+            return dense_weight(self.kernels, packed[0].dense())
+        return weight
+
+
+class PlainWeight:
+    """A packed weight with the kernels' face and arithmetic, in plain torch."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self.rows, self.cols = packed.shape
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """`x [m, cols]` to `[m, rows]`: with 8-bit inputs where the level has integers, else in fp32."""
+        level, inputs = self.packed.level, torch.from_numpy(x)
+        integers = isinstance(level, Int) or (isinstance(level, Float) and exact_step(level.e, level.m) is not None)
+        y = linear(self.packed, inputs) if integers else nn.functional.linear(inputs, self.packed.dense())
+        return y.numpy()
+
+
+def _linear(module: nn.Module, weight: Any, first: int, rows: int) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        y = weight.apply(np.ascontiguousarray(x.detach().reshape(-1, x.shape[-1]).float().numpy()))
+        out = torch.from_numpy(y[:, first : first + rows]).reshape(*x.shape[:-1], rows)
+        bias = getattr(module, "bias", None)
+        return out if bias is None else out + bias
+
+    return forward
+
+
+def _looked_up(weight: Any) -> Callable[[Tensor], Tensor]:
+    def forward(tokens: Tensor) -> Tensor:
+        rows = [weight.row(token) for token in tokens.reshape(-1).tolist()]
+        return torch.from_numpy(np.stack(rows)).reshape(*tokens.shape, -1)
+
+    return forward
+
+
+# ---- the program
+
+
+def compile_form(
+    form: Form, weights: Weights, *, rows: int, outputs: int, sequences: int, context: int, cache: str
+) -> tuple[Any, Any]:
+    """The program, and the slice of it that holds the logits.
+
+    Args:
+        rows: tokens that a step takes at most.
+        outputs: tokens whose logits a step gives at most.
+        sequences, context: texts that are written at once, and tokens that each may have.
+        cache: `fp16`, `bf16` or `fp32`: how keys and values are stored.
+    """
+    p = weights.kernels.Program(rows, outputs, sequences, context)
+    x, h, y = (p.buffer(form.width) for _ in range(3))
+    wide = max((b.width * (1 + b.gated) for b in form.branches if isinstance(b, Gate)), default=1)
+    attending = [b for b in form.branches if isinstance(b, Heads)]
+    mixed = p.buffer(max((b.heads * b.size for b in attending), default=1))
+    hidden = p.buffer(max([wide, *[(b.heads + 2 * b.kv_heads) * b.size for b in attending]]))
+    angles = p.angles(*(t.contiguous().numpy() for t in form.rotary(context))) if form.rotary else None
+
+    def norm(scale: Scale, source: Any, out: Any, add: Any = None) -> None:
+        vectors = [None if v is None else v.numpy() for v in (scale.weight, scale.bias)]
+        p.norm(source, out, add, scale.rms, *vectors, scale.eps, scale.groups)
+
+    def product(source: Any, out: Any, paths: tuple[str, ...]) -> None:
+        at = 0
+        for weight, some in weights.get(paths):
+            p.linear(source, out.part(at, weight.rows), weight, weights.bias(some))
+            at += weight.rows
+
+    p.embed(x, weights.get((form.embed,))[0][0], form.embed_scale)
+    if form.position is not None:
+        p.place(x, weights.get((form.position,))[0][0], form.offset)
+    added = None  # what the branch before gave, added to x as the next one reads it
+    for branch in form.branches:
+        norm(branch.norm, x, h, added)
+        added = y
+        if isinstance(branch, Gate):
+            product(h, hidden.part(0, branch.width * (1 + branch.gated)), branch.inputs)
+            first = hidden.part(0, branch.width)
+            p.activate(
+                branch.activation, first, hidden.part(branch.width, branch.width) if branch.gated else None, first
+            )
+            product(first, y, (branch.output,))
+            continue
+        queries, keys = branch.heads * branch.size, branch.kv_heads * branch.size
+        q, k, v = hidden.part(0, queries), hidden.part(queries, keys), hidden.part(queries + keys, keys)
+        product(h, hidden.part(0, queries + 2 * keys), branch.inputs)
+        for part, scale, heads in ((q, branch.q_norm, branch.heads), (k, branch.k_norm, branch.kv_heads)):
+            if scale is not None:
+                norm(scale, part, part)
+            if angles is not None:
+                p.rotate(part, heads, angles)
+        layer = p.cache(branch.kv_heads, branch.size, cache)
+        p.append(k, v, layer)
+        p.attend(q, mixed.part(0, queries), layer, branch.scale, branch.window)
+        product(mixed.part(0, queries), y, (branch.output,))
+    if form.norm is not None:
+        norm(form.norm, x, h, added)
+    elif added is not None:
+        p.norm(x, None, added)
+    last, logits = p.buffer(form.width, True), p.buffer(form.vocabulary, True)
+    p.select(h if form.norm is not None else x, last)
+    product(last, logits, (form.head,))
+    return p, logits

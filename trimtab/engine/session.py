@@ -1,0 +1,337 @@
+"""Text written by a model: in a compiled program where its form is known and the program proved itself, else by torch.
+
+Both have one face: `extend` and `step` give the logits of the next token, and `generate` the tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import UserError
+from trimtab.engine.program import Form, Unknown, Weights, compile_form, form_of
+from trimtab.formats.packed import Packed
+from trimtab.kernels.native import native
+
+if TYPE_CHECKING:
+    from trimtab.core.modelmap import ModelMap
+
+PROOF = 16  # tokens that a program and torch must agree on
+AGREE = 1e-4  # by how much of the largest logit they may differ
+ROUNDED = 5e-2  # the same where activations are rounded to 8 bits, which on a tie goes either way
+
+
+class Writer(Protocol):
+    """What writes text: sequences, each a number, to which tokens are added."""
+
+    context: int
+
+    def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
+        """Logits `[vocabulary]` after these tokens."""
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """Logits `[sequences, vocabulary]` after one more token of each of these sequences."""
+
+    def forget(self, sequence: int, length: int = 0) -> None:
+        """Drop all tokens of a sequence but the first `length`."""
+
+
+class Session:
+    """A compiled program and how far each of its sequences has come."""
+
+    def __init__(self, program: Any, head: Any) -> None:
+        self.program, self.head = program, head
+        self.context: int = program.context
+        self.lengths = [0] * program.sequences
+
+    def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
+        """Logits `[vocabulary]` after these tokens, taken in chunks of as many as the program has rows."""
+        logits = None
+        for start in range(0, len(tokens), self.program.rows):
+            some = tokens[start : start + self.program.rows]
+            logits = self._run(some, [sequence], [len(some)])
+        if logits is None:
+            raise UserError("no tokens to go on from; give at least one")
+        return torch.from_numpy(logits[0])
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """Logits `[sequences, vocabulary]` after one more token of each of these sequences."""
+        return torch.from_numpy(self._run(list(tokens.values()), list(tokens), [1] * len(tokens)))
+
+    def forget(self, sequence: int, length: int = 0) -> None:
+        """Drop all tokens of a sequence but the first `length`."""
+        self.lengths[sequence] = min(self.lengths[sequence], length)
+
+    def outputs(self, tokens: Sequence[int]) -> Tensor:
+        """Logits `[tokens, vocabulary]` after each of these tokens of sequence 0."""
+        return torch.from_numpy(self._run(tokens, [0], [len(tokens)], every=True).copy())
+
+    def _run(self, tokens: Sequence[int], sequences: list[int], counts: list[int], every: bool = False) -> np.ndarray:
+        starts = [self.lengths[s] for s in sequences]
+        numbers = [np.array(n, np.int32) for n in (tokens, sequences, starts, counts)]
+        logits = self.program.run(self.head, *numbers, every)
+        for sequence, count in zip(sequences, counts, strict=True):
+            self.lengths[sequence] += count
+        return logits
+
+
+class TorchSession:
+    """The model itself, with the cache that transformers keeps; its packed weights are applied as the kernels do."""
+
+    def __init__(self, model: nn.Module, forwards: Mapping[str, Callable[[Tensor], Tensor]], context: int) -> None:
+        self.model, self.forwards, self.context = model, forwards, context
+        self.past: dict[int, Any] = {}
+
+    @torch.no_grad()
+    def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
+        """Logits `[vocabulary]` after these tokens."""
+        with lent(self.model, self.forwards):
+            out = self.model(
+                input_ids=torch.tensor([list(tokens)]), past_key_values=self.past.get(sequence), use_cache=True
+            )
+        self.past[sequence] = out.past_key_values
+        return out.logits[0, -1].float()
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """Logits `[sequences, vocabulary]` after one more token of each of these sequences."""
+        return torch.stack([self.extend(sequence, [token]) for sequence, token in tokens.items()])
+
+    def forget(self, sequence: int, length: int = 0) -> None:
+        """Drop all tokens of a sequence but the first `length`."""
+        if length == 0:
+            self.past.pop(sequence, None)
+        elif sequence in self.past:
+            self.past[sequence].crop(length)
+
+
+@dataclass
+class Timing:
+    """How long a text took.
+
+    Fields:
+        prompt, tokens: how many of either.
+        prefill, decode: seconds for the prompt up to the first token, and for those after it.
+    """
+
+    prompt: int = 0
+    tokens: int = 0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+def generate(
+    writer: Writer,
+    tokens: Sequence[int],
+    limit: int,
+    *,
+    stop: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    seed: int = 0,
+    timing: Timing | None = None,
+) -> Iterator[int]:
+    """Tokens one after the other, greedy at temperature 0.
+
+    Args:
+        tokens: the prompt.
+        limit: at most so many new tokens.
+        stop: tokens that end the text.
+        timing: is kept up to date.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    timing = timing or Timing()
+    timing.prompt = len(tokens)
+    start = time.perf_counter()
+    writer.forget(0)
+    logits = writer.extend(0, tokens)
+    while True:
+        if temperature > 0:
+            token = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=rng))
+        else:
+            token = int(logits.argmax())
+        spent = time.perf_counter() - start
+        timing.prefill, timing.decode = (timing.prefill, timing.decode + spent) if timing.tokens else (spent, 0.0)
+        timing.tokens += 1
+        if token in stop:
+            return
+        yield token
+        if timing.tokens >= limit:
+            return
+        start = time.perf_counter()
+        logits = writer.step({0: token})[0]
+
+
+# ---- opening one
+
+
+class Runtime:
+    """A causal language model ready to open sessions: its map, its weights as the kernels hold them, and its form.
+
+    Args:
+        packed: parameter name -> reader of the packed weight, for those that an artifact stores packed.
+        share: the module's own weights give way to those of the kernels, so that they are in memory once.
+        plain: run on torch even where there are kernels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        packed: Mapping[str, Callable[[], Packed]] | None = None,
+        share: bool = False,
+        plain: bool = False,
+    ) -> None:
+        self.model, self.share = model, share
+        self.kernels = None if plain else native()
+        found = map_of(model)
+        self.weights = Weights(self.kernels, model, found, packed or {})
+        self.form: Form | None = None
+        if self.kernels is not None:
+            try:
+                self.form = form_of(model, found)
+            except Unknown as unknown:
+                self._refuse(unknown)
+        self.proved = False
+
+    def open(self, context: int, *, sequences: int = 1, chunk: int = 256, cache: str = "fp16") -> Writer:
+        """A session: compiled where the model's form is known and the program has proved itself, else on torch.
+
+        Args:
+            context: tokens that a text may have.
+            sequences: texts that are written at once.
+            chunk: tokens of a prompt that are taken together.
+            cache: how keys and values are stored: `fp16`, `bf16` or `fp32`.
+
+        Raises:
+            UserError: it does not fit into the memory that is free.
+        """
+        if self.form is not None:
+            check_memory(self.form, self.weights, context, sequences, self.proved)
+        if self.form is not None and not self.proved:
+            try:
+                prove(self.model, self.form, self.weights)
+                self.proved = True
+            except Unknown as unknown:
+                self._refuse(unknown)
+        if self.form is None:
+            for site in self.weights.sites.values():
+                if self.weights.is_packed(site.path) and site.kind != "embedding":
+                    self.weights.get((site.path,))
+            return TorchSession(self.model, self.weights.forwards(), context)
+        if self.share:
+            give_way(self.model, self.weights)
+        sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
+        return Session(*compile_form(self.form, self.weights, **sizes, cache=cache))
+
+    def _refuse(self, unknown: Unknown) -> None:
+        self.form = None
+        print(f"no program was made for this model, so it runs on torch, slower: it has {unknown}", file=sys.stderr)
+
+
+def map_of(model: nn.Module) -> ModelMap:
+    """The model's map; linears that stay packed are traced as the plain ones that they stand for."""
+    from trimtab.core.modelmap import trace
+    from trimtab.engine.run import PackedLinear
+
+    packed = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    try:
+        for path, module in packed.items():
+            _put(model, path, nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta"))
+        return trace(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
+    finally:
+        for path, module in packed.items():
+            _put(model, path, module)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, key = path.rpartition(".")
+    setattr(model.get_submodule(parent), key, module)
+
+
+@torch.no_grad()
+def prove(model: nn.Module, form: Form, weights: Weights) -> None:
+    """Run the program and torch, with the same weights, on one text: in chunks, then token by token.
+
+    Raises:
+        Unknown: they differ by more than the rounding of activations explains.
+    """
+    length = min(PROOF, form.limit or PROOF)
+    program, head = compile_form(form, weights, rows=7, outputs=7, sequences=2, context=length, cache="fp32")
+    session = Session(program, head)
+    tokens = torch.randint(form.vocabulary, (length,), generator=torch.Generator().manual_seed(0))
+    found = [session.outputs(tokens[i : i + 7].tolist()) for i in range(0, length - 4, 7)]
+    done = sum(len(part) for part in found)
+    found += [session.outputs([token]) for token in tokens[done:].tolist()]
+    with lent(model, weights.forwards()):
+        expected = model(input_ids=tokens[None]).logits[0].float()
+    error = float((expected - torch.cat(found)).abs().max() / expected.abs().max().clamp_min(1e-12))
+    rounded = any(weights.is_packed(path) for path in form.sites)
+    if not error <= (ROUNDED if rounded else AGREE):
+        raise Unknown(f"outputs that a program of its form gives with an error of {error:.2g} of the largest")
+
+
+@contextmanager
+def lent(model: nn.Module, forwards: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Modules use these forwards for a while."""
+    modules = {path: model.get_submodule(path) for path in forwards}
+    before = {path: module.__dict__.get("forward") for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            module.forward = forwards[path]
+        yield
+    finally:
+        for path, module in modules.items():
+            if before[path] is None:
+                del module.forward
+            else:
+                module.forward = before[path]  # type: ignore[assignment]
+
+
+def give_way(model: nn.Module, weights: Weights) -> None:
+    """From now on modules use the kernels' weights, and let go of their own."""
+    for path, forward in weights.forwards().items():
+        module = model.get_submodule(path)
+        module.forward = forward  # type: ignore[assignment]
+        if isinstance(getattr(module, "packed", None), Packed):
+            module.packed = None  # type: ignore[assignment]
+        elif "weight" in module._parameters and module._parameters["weight"] is not None:
+            module._parameters["weight"] = nn.Parameter(module._parameters["weight"].to("meta"), requires_grad=False)
+
+
+def check_memory(form: Form, weights: Weights, context: int, sequences: int, made: bool) -> None:
+    """Refuse what the free memory cannot hold.
+
+    Raises:
+        UserError: it says how much is needed, and what would fit.
+    """
+    free = free_bytes()
+    if free is None:
+        return
+    weight = 0 if made else weights.nbytes(form.sites)
+    cache = form.cache_bytes(context, sequences)
+    if weight + cache <= free:
+        return
+    parts = f"the weights take {said_bytes(weight)} and {sequences} x {context} tokens of context {said_bytes(cache)}"
+    fits = (free - weight) // max(1, form.cache_bytes(1, sequences))
+    cure = f"ask for a context of at most {fits} tokens" if fits >= 64 else "take a smaller artifact or free memory"
+    raise UserError(f"the model needs {said_bytes(weight + cache)}, and {said_bytes(free)} are free: {parts}; {cure}")
+
+
+def free_bytes() -> int | None:
+    """Memory that can be had without swapping, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def said_bytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
