@@ -94,12 +94,15 @@ class Bench:
         stream = self.stream()
         return references(stream, through(stream, self.test, self.chunk), self.test, self.task)
 
-    def measure(self, plan: str = "") -> Measured:
-        """Carry a plan out and score it; the empty plan scores the original."""
+    def measure(self, plan: str | Plan = "") -> Measured:
+        """Carry a plan out and score it; the empty plan scores the original.
+
+        A `Plan` may hold methods of a claim's own.
+        """
         from trimtab.engine.apply import apply
         from trimtab.engine.measure import measure
 
-        steps = Plan.parse(plan).resolve(self.sites)
+        steps = (Plan.parse(plan) if isinstance(plan, str) else plan).resolve(self.sites)
         check(steps, self.sites)
         applied = apply(self.stream(), steps, self.calibration, self.chunk, seed=self.seed)
         scores = measure(applied.stream, self.test, self.task, self.chunk, self._reference)
