@@ -49,7 +49,7 @@ PROMPT = 128  # tokens before a text is written
 OURS = """
 import time, trimtab
 loaded = trimtab.load({0!r}, packed=True)
-int(loaded.writer(256).extend(0, list(range(16))).argmax())
+int(loaded.writer(256).extend(0, list(range(16))).numpy().argmax())
 print(time.time())
 """
 THEIRS = """
@@ -123,7 +123,7 @@ class Ours:
     def prefill(self, tokens: Tensor) -> float:
         self.writer.forget(0)
         start = time.perf_counter()
-        int(self.writer.extend(0, tokens.tolist()).argmax())
+        int(self.writer.extend(0, tokens.tolist()).numpy().argmax())
         return time.perf_counter() - start
 
     def decode(self, batch: int, prompt: Tensor, steps: int) -> list[float]:
@@ -133,7 +133,7 @@ class Ours:
         spent, tokens = [], dict.fromkeys(range(batch), 1)
         for _ in range(steps):
             start = time.perf_counter()
-            tokens = dict(enumerate(self.writer.step(tokens).argmax(1).tolist()))
+            tokens = dict(enumerate(self.writer.step(tokens).numpy().argmax(1).tolist()))
             spent.append(time.perf_counter() - start)
         return spent
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,7 +20,7 @@ from trimtab.core.level import parse_level
 from trimtab.core.method import method
 from trimtab.engine import session as sessions
 from trimtab.engine.program import compile_form
-from trimtab.engine.session import Runtime, Session, Timing, TorchSession, generate, map_of
+from trimtab.engine.session import Runtime, Session, Timing, TorchSession, choose, generate, map_of
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
 from trimtab.models.source import open_source
@@ -269,6 +270,16 @@ def test_timing() -> None:
     found = list(generate(writer, [1, 2, 3], 9, timing=timing))
     assert len(found) == timing.tokens == 9 and timing.prompt == 3 and timing.decode > 0 and timing.prefill > 0
     assert list(generate(writer, [1, 2, 3], 9, stop=frozenset({found[4]}))) == found[: found.index(found[4])]
+
+
+def test_tokens_are_drawn_by_their_chance() -> None:
+    logits = np.array([2.0, -np.inf, 0.5, 1.0], np.float32)
+    rng = np.random.default_rng(0)
+    assert choose(logits, 0.0, rng) == 0
+    drawn = np.bincount([choose(logits, 0.7, rng) for _ in range(4000)], minlength=4) / 4000
+    chance = torch.softmax(torch.from_numpy(logits) / 0.7, 0).numpy()
+    assert drawn[1] == 0 and np.abs(drawn - chance).max() < 0.03
+    assert choose(np.array([900.0, -900.0], np.float32), 1e-6, rng) == 0
 
 
 # ---- the face

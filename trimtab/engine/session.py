@@ -145,17 +145,14 @@ def generate(
         stop: tokens that end the text.
         timing: is kept up to date.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     timing = timing or Timing()
     timing.prompt = len(tokens)
     start = time.perf_counter()
     writer.forget(0)
     logits = writer.extend(0, tokens)
     while True:
-        if temperature > 0:
-            token = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=rng))
-        else:
-            token = int(logits.argmax())
+        token = choose(logits.numpy(), temperature, rng)
         spent = time.perf_counter() - start
         timing.prefill, timing.decode = (timing.prefill, timing.decode + spent) if timing.tokens else (spent, 0.0)
         timing.tokens += 1
@@ -166,6 +163,18 @@ def generate(
             return
         start = time.perf_counter()
         logits = writer.step({0: token})[0]
+
+
+def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+    """A token by its logits `[vocabulary]`: the likeliest at temperature 0, else from `softmax(logits / temperature)`.
+
+    In numpy, because torch's threads go on spinning after an operation, on the cores that the kernels need next.
+    """
+    best = int(logits.argmax())
+    if temperature <= 0:
+        return best
+    sums = np.exp((logits.astype(np.float64) - logits[best]) / temperature).cumsum()
+    return int(sums.searchsorted(rng.random() * sums[-1], side="right"))
 
 
 # ---- opening one

@@ -41,6 +41,13 @@ class Buffer {
   size_t size_ = 0;
 };
 
+// Floats from one row of a width to the next: whole cache lines, but not whole pages, as the same column of many rows
+// would then fall into the same few places of every cache.
+constexpr size_t spaced(size_t width) {
+  const size_t whole = (width + 15) / 16 * 16;
+  return whole % 1024 == 0 ? whole + 16 : whole;
+}
+
 // A float array of Python's that owns its memory.
 inline nb::ndarray<nb::numpy, float> new_floats(std::initializer_list<size_t> shape, float** data) {
   size_t count = 1;

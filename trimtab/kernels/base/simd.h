@@ -80,8 +80,8 @@ inline Ints store_rounded(int8_t* p, Floats x) {
 inline Ints larger_magnitude(Ints a, Floats x) {
   return _mm512_max_epi32(a, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
 }
-// Lanes of 0..255 times one number of 16 bits.
-inline Ints scaled(Ints bytes, int32_t n) { return _mm512_madd_epi16(bytes, _mm512_set1_epi32(n)); }
+// Lanes of 0..255 times lanes that fit 16 bits.
+inline Ints scaled(Ints bytes, Ints n) { return _mm512_madd_epi16(bytes, n); }
 
 inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
 inline int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
@@ -208,10 +208,7 @@ inline Ints larger_magnitude(Ints a, Floats x) {
   return {_mm256_max_epi32(a.a, _mm256_and_si256(_mm256_castps_si256(x.a), magnitude)),
           _mm256_max_epi32(a.b, _mm256_and_si256(_mm256_castps_si256(x.b), magnitude))};
 }
-inline Ints scaled(Ints bytes, int32_t n) {
-  const __m256i many = _mm256_set1_epi32(n);
-  return {_mm256_madd_epi16(bytes.a, many), _mm256_madd_epi16(bytes.b, many)};
-}
+inline Ints scaled(Ints bytes, Ints n) { return {_mm256_madd_epi16(bytes.a, n.a), _mm256_madd_epi16(bytes.b, n.b)}; }
 
 inline int32_t largest(Ints x) {
   const __m256i most = _mm256_max_epi32(x.a, x.b);
@@ -328,7 +325,7 @@ inline Ints store_rounded(int8_t* p, Floats x) {
 inline Ints larger_magnitude(Ints a, Floats x) {
   return each<Ints>([&](size_t i) { return std::max(a.v[i], std::bit_cast<int32_t>(x.v[i]) & 0x7fffffff); });
 }
-inline Ints scaled(Ints bytes, int32_t n) { return each<Ints>([&](size_t i) { return bytes.v[i] * n; }); }
+inline Ints scaled(Ints bytes, Ints n) { return each<Ints>([&](size_t i) { return bytes.v[i] * n.v[i]; }); }
 
 inline int32_t largest(Ints x) { return *std::max_element(x.v, x.v + kLanes); }
 inline int32_t total(Ints x) { return std::accumulate(x.v, x.v + kLanes, 0); }

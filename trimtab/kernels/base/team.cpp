@@ -21,16 +21,42 @@ std::vector<int> allowed_cores() {
   return cores;
 }
 
-void pin(std::thread& thread, int core) {
 #if defined(__linux__)
+void pin(pthread_t thread, int core) {
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(core, &set);
-  pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
-#else
-  (void)thread, (void)core;
-#endif
+  pthread_setaffinity_np(thread, sizeof set, &set);
 }
+#endif
+
+// The caller on a core of its own for as long as this lives: it would else be woken on one where a worker runs, and both
+// would wait for each other until the scheduler parts them.
+class Settled {
+ public:
+  explicit Settled(int core) {
+#if defined(__linux__)
+    if (core < 0 || pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) != 0) return;
+    pin(pthread_self(), core);
+    settled_ = true;
+#else
+    (void)core;
+#endif
+  }
+  ~Settled() {
+#if defined(__linux__)
+    if (settled_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+#endif
+  }
+  Settled(const Settled&) = delete;
+  Settled& operator=(const Settled&) = delete;
+
+#if defined(__linux__)
+ private:
+  cpu_set_t before_;
+  bool settled_ = false;
+#endif
+};
 
 }  // namespace
 
@@ -50,10 +76,14 @@ void Pool::start(int threads) {
   over_ = false;
   barrier_ = std::make_unique<Barrier>(threads);
   const auto cores = allowed_cores();
+  const bool pinned = threads > 1 && static_cast<size_t>(threads) <= cores.size();
+  first_core_ = pinned ? cores[0] : -1;
   for (int rank = 1; rank < threads; ++rank) {
     // A call may come before the thread has begun: what it has seen is settled here, or it would miss that call.
     workers_.emplace_back([this, rank, seen = call_.load(std::memory_order_acquire)] { loop(rank, seen); });
-    if (static_cast<size_t>(threads) <= cores.size()) pin(workers_.back(), cores[rank]);
+#if defined(__linux__)
+    if (pinned) pin(workers_.back().native_handle(), cores[rank]);
+#endif
   }
 }
 
@@ -77,6 +107,7 @@ void Pool::resize(int threads) {
 void Pool::run(const std::function<void(const Team&)>& work) {
   std::lock_guard alone(running_);
   const int threads = size();
+  const Settled settled(first_core_);
   if (threads > 1) {
     std::lock_guard lock(mutex_);
     work_ = &work;

@@ -54,7 +54,8 @@ struct Team {
   }
 };
 
-// The process's threads: the caller is rank 0, the others sleep between calls and are pinned to a core each.
+// The process's threads: the caller is rank 0, the others sleep between calls. Each has a core of its own, the caller for
+// as long as a call lasts.
 class Pool {
  public:
   static Pool& get();
@@ -70,6 +71,7 @@ class Pool {
   void loop(int rank, uint64_t seen);  // seen: calls made before the worker was started
 
   std::vector<std::thread> workers_;
+  int first_core_ = -1;  // the caller's; -1 where there are more threads than cores
   std::unique_ptr<Barrier> barrier_;
   std::mutex mutex_, running_;
   std::condition_variable wake_;

@@ -32,7 +32,9 @@ class GroupedWeight : public Weight {
 
  private:
   Tiles view() const;
-  int tiles() const { return Layout::ceil(rows, kRows); }
+  // A whole number of the blocks that the kernels take.
+  int blocks() const { return Layout::ceil(rows, kTiles * kRows); }
+  int tiles() const { return blocks() * kTiles; }
   bool by_stream(int m) const { return m <= kStreamed && streams(layout_); }
   int spans_at_once() const;
   size_t expanded_bytes() const;

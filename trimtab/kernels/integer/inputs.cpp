@@ -101,7 +101,7 @@ void Inputs::quantise(const Layout& layout, const float* x, int ldx, const Team&
     for (int j = 0; j < layout.join; ++j) {
       const auto [start, count] = layout.columns(span, j);
       const int32_t sum = s > 0 ? round_all(row + start, count, s, codes + j * layout.block) : 0;
-      minus[before * layout.join + static_cast<size_t>(j) * inputs + lane] = -sum;
+      minus[before * layout.join + static_cast<size_t>(j) * inputs + lane] = -sum * (layout.zeros ? 1 : layout.zero);
     }
     int32_t* out = q + before * layout.vectors + lane;
     if (inputs == 1) {

@@ -12,7 +12,7 @@ namespace trimtab {
 struct Panel {
   const int32_t* q;      // [spans, vectors, inputs], each 4 neighbouring columns
   const float* scale;    // [spans, inputs]
-  const int32_t* minus;  // [spans, join, inputs]: minus the sum of a group's q
+  const int32_t* minus;  // [spans, join, inputs]: minus the sum of a group's q, times the zero point where it is one for all
 };
 
 // All inputs, in panels of about equal size.

@@ -2,8 +2,9 @@
 //
 // A tile is 16 rows. Its columns are cut into spans: the columns whose inputs share a scale. A vector is 64 bytes: 16
 // rows times 4 neighbouring columns, so that one instruction serves 16 rows with 4 inputs broadcast from memory. The
-// codes of a span's vectors lie one after the other, in planes of bits; before each run of spans lie the scales and
-// zero points that belong to it. A tile, and so a whole matrix, is read as one stream.
+// codes of a span's vectors lie one after the other, in planes of bits, by chunks that fill whole planes; before each run
+// of spans lie the scales and zero points that belong to it. The tiles that a kernel takes at once are a block: their
+// heads lie side by side, and their chunks in turn. A block, and so a whole matrix, is read as one stream.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +17,15 @@ enum class Scale { kHalf, kE8M0, kE4M3 };
 
 constexpr int kRows = 16;          // of a tile
 constexpr int kVector = 4 * kRows;  // bytes
+#if defined(__AVX512F__)
+constexpr int kTiles = 2;          // of a block: as many sums as there are registers
+#else
+constexpr int kTiles = 1;
+#endif
 
 struct Layout {
   int cols, bits, group;   // group: columns of a row that share a scale
+  int chunk;               // vectors that fill whole planes of bits
   int join = 1;            // groups of a span: small ones share the activations' scale
   int pieces = 1;          // spans of a group: large ones are cut
   int block = 0;           // stored columns of a group, or of a piece: a multiple of 4
@@ -32,7 +39,7 @@ struct Layout {
   bool hadamard = false;
 
   Layout(int cols, int bits, int group, int chunk, Scale scale, bool zeros)
-      : cols(cols), bits(bits), group(std::min(group, cols)), scale(scale), zeros(zeros) {
+      : cols(cols), bits(bits), group(std::min(group, cols)), chunk(chunk), scale(scale), zeros(zeros) {
     const int most = 256, piece = 128;
     groups = ceil(cols, this->group);
     if (this->group > most) {
@@ -68,26 +75,31 @@ struct Layout {
   int run_spans() const { return pieces == 1 ? 4 : pieces; }
   int run_groups() const { return pieces == 1 ? 4 * join : 1; }
   int scale_bytes() const { return scale == Scale::kHalf ? 2 : 1; }
+  // Of one tile.
   size_t head_bytes() const {
     const size_t bytes = static_cast<size_t>(run_groups()) * kRows * (scale_bytes() + (zeros ? 1 : 0));
     return (bytes + kVector - 1) / kVector * kVector;
   }
+  size_t chunk_bytes() const { return static_cast<size_t>(chunk) * 8 * bits; }
   size_t span_bytes() const { return static_cast<size_t>(vectors) * 8 * bits; }
-  size_t tile_bytes() const { return ceil(spans, run_spans()) * head_bytes() + spans * span_bytes(); }
+  size_t block_bytes() const { return kTiles * (ceil(spans, run_spans()) * head_bytes() + spans * span_bytes()); }
 
-  size_t head_at(int span) const {
+  // Where things of tile t of a block lie. From a chunk of codes to the same tile's next one are kTiles chunks.
+  size_t head_at(int t, int span) const {
     const int run = span / run_spans();
-    return run * (head_bytes() + run_spans() * span_bytes());
+    return kTiles * run * (head_bytes() + run_spans() * span_bytes()) + t * head_bytes();
   }
-  size_t codes_at(int span) const { return (span / run_spans() + 1) * head_bytes() + span * span_bytes(); }
+  size_t codes_at(int t, int span) const {
+    return kTiles * ((span / run_spans() + 1) * head_bytes() + span * span_bytes()) + t * chunk_bytes();
+  }
   int head_group(int span, int j) const { return pieces == 1 ? span % run_spans() * join + j : 0; }
   // From one group's zero points to the next one's within a run.
   int head_step() const { return pieces == 1 ? kRows : 0; }
-  size_t scale_at(int span, int j) const {
-    return head_at(span) + static_cast<size_t>(head_group(span, j)) * kRows * scale_bytes();
+  size_t scale_at(int t, int span, int j) const {
+    return head_at(t, span) + static_cast<size_t>(head_group(span, j)) * kRows * scale_bytes();
   }
-  size_t zero_at(int span, int j) const {
-    return head_at(span) + static_cast<size_t>(run_groups() * scale_bytes() + head_group(span, j)) * kRows;
+  size_t zero_at(int t, int span, int j) const {
+    return head_at(t, span) + static_cast<size_t>(run_groups() * scale_bytes() + head_group(span, j)) * kRows;
   }
 };
 

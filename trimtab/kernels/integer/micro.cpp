@@ -8,8 +8,9 @@ namespace {
 
 using simd::Bytes, simd::Floats, simd::Ints, simd::unrolled;
 
-template <int inputs, int tiles, bool wide>
+template <int inputs, bool wide>
 void micro(const Layout& layout, const Panel& panel, const Expanded& w, int from, int to, float* out) {
+  constexpr int tiles = kTiles;
   const int vectors = layout.block / 4, pad = layout.vectors - layout.join * vectors;
   const size_t start = static_cast<size_t>(from) * inputs;
   const int32_t* q = panel.q + start * layout.vectors;
@@ -24,10 +25,14 @@ void micro(const Layout& layout, const Panel& panel, const Expanded& w, int from
       asm volatile("" ::: "memory");
       Ints acc[inputs][tiles];
       unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
-        unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
-          acc[i][t] = simd::scaled(simd::load(zero + t * kRows), minus[i]);
-        });
+        const Ints start = simd::ints(minus[i]);
+        unrolled<tiles>([&](auto t) __attribute__((always_inline)) { acc[i][t] = start; });
       });
+      if (layout.zeros)
+        unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
+          const Ints by = simd::load(zero + t * kRows);
+          unrolled<inputs>([&](auto i) __attribute__((always_inline)) { acc[i][t] = simd::scaled(by, acc[i][t]); });
+        });
       int v = vectors;
       do {
         Bytes code[tiles];
@@ -42,11 +47,13 @@ void micro(const Layout& layout, const Panel& panel, const Expanded& w, int from
         });
         q += inputs, codes += tiles * kVector;
       } while (--v > 0);
+      Floats by[tiles];
+      unrolled<tiles>([&](auto t) __attribute__((always_inline)) { by[t] = simd::load(group_scale + t * kRows); });
       unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
+        const Floats x = simd::floats(scale[i]);
         unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
           float* sum = out + (i * tiles + t) * kRows;
-          const Floats by = simd::mul(simd::load(group_scale + t * kRows), simd::floats(scale[i]));
-          simd::store(sum, simd::fma(simd::to_floats(acc[i][t]), by, simd::load(sum)));
+          simd::store(sum, simd::fma(simd::to_floats(acc[i][t]), simd::mul(by[t], x), simd::load(sum)));
         });
       });
       minus += inputs, group_scale += tiles * kRows, zero += tiles * kRows;
@@ -55,20 +62,16 @@ void micro(const Layout& layout, const Panel& panel, const Expanded& w, int from
   }
 }
 
-template <int tiles, bool wide, int... i>
+template <bool wide, int... i>
 constexpr std::array<Micro, sizeof...(i)> micros(std::integer_sequence<int, i...>) {
-  return {&micro<i + 1, tiles, wide>...};
+  return {&micro<i + 1, wide>...};
 }
 
-template <int tiles, bool wide>
-constexpr auto kMicros = micros<tiles, wide>(std::make_integer_sequence<int, kInputs>{});
+template <bool wide>
+constexpr auto kMicros = micros<wide>(std::make_integer_sequence<int, kInputs>{});
 
 }  // namespace
 
-Micro micro_of(int inputs, int tiles, bool wide) {
-  if constexpr (kTiles == 1) return wide ? kMicros<1, true>[inputs - 1] : kMicros<1, false>[inputs - 1];
-  if (tiles == 1) return wide ? kMicros<1, true>[inputs - 1] : kMicros<1, false>[inputs - 1];
-  return wide ? kMicros<kTiles, true>[inputs - 1] : kMicros<kTiles, false>[inputs - 1];
-}
+Micro micro_of(int inputs, bool wide) { return wide ? kMicros<true>[inputs - 1] : kMicros<false>[inputs - 1]; }
 
 }  // namespace trimtab

@@ -59,7 +59,7 @@ struct Source {
 };
 
 template <int bits>
-void pack_tile(const Layout& layout, const Source (&rows)[kRows], const uint8_t* recode, std::byte* tile) {
+void pack_tile(const Layout& layout, const Source (&rows)[kRows], const uint8_t* recode, int t, std::byte* block) {
   // Eight columns of the 16 rows lie together, so that both sides of the interleaving are whole cache lines.
   const size_t pairs = static_cast<size_t>(layout.vectors) / 2 + 1;
   std::vector<uint64_t> apart(pairs * kRows);
@@ -87,15 +87,15 @@ void pack_tile(const Layout& layout, const Source (&rows)[kRows], const uint8_t*
       }
     }
     interleave(apart.data(), pairs, vectors.data());
-    std::byte* to = tile + layout.codes_at(span);
-    for (int v = 0; v < layout.vectors; v += Planes<bits>::kChunk, to += Planes<bits>::kBytes)
+    std::byte* to = block + layout.codes_at(t, span);
+    for (int v = 0; v < layout.vectors; v += Planes<bits>::kChunk, to += kTiles * Planes<bits>::kBytes)
       Planes<bits>::encode(vectors.data() + static_cast<size_t>(v) * kVector, to);
   }
 }
 
 // Scales and zero points of a tile, row by row as they are stored.
 template <typename T>
-void pack_heads(const Layout& layout, const Source (&rows)[kRows], std::byte* tile) {
+void pack_heads(const Layout& layout, const Source (&rows)[kRows], int t, std::byte* block) {
   for (int r = 0; r < kRows; ++r) {
     const auto [part, row] = rows[r];
     if (part == nullptr) continue;
@@ -105,13 +105,13 @@ void pack_heads(const Layout& layout, const Source (&rows)[kRows], std::byte* ti
         const int group = layout.group_of(span, j);
         if (group >= layout.groups) break;
         const uint8_t* scale = part->scales + (first + group) * sizeof(T);
-        std::memcpy(tile + layout.scale_at(span, j) + r * sizeof(T), scale, sizeof(T));
-        if (layout.zeros) tile[layout.zero_at(span, j) + r] = std::byte{part->zeros[first + group]};
+        std::memcpy(block + layout.scale_at(t, span, j) + r * sizeof(T), scale, sizeof(T));
+        if (layout.zeros) block[layout.zero_at(t, span, j) + r] = std::byte{part->zeros[first + group]};
       }
   }
 }
 
-using PackTile = void (*)(const Layout&, const Source (&)[kRows], const uint8_t*, std::byte*);
+using PackTile = void (*)(const Layout&, const Source (&)[kRows], const uint8_t*, int, std::byte*);
 constexpr PackTile kPackTile[] = {&pack_tile<1>, &pack_tile<2>, &pack_tile<3>, &pack_tile<4>,
                                   &pack_tile<5>, &pack_tile<6>, &pack_tile<7>, &pack_tile<8>};
 
@@ -127,18 +127,19 @@ void GroupedWeight::pack(const std::vector<Stored>& parts, const uint8_t* recode
     for (int row = 0; row < part.rows; ++row, ++r) sources[r] = {&part, row}, factors[r] = part.factor * unit;
   Pool::get().run([&](const Team& team) {
     const auto [first, last] = team.share(tiles());
-    for (int t = first; t < last; ++t) {
-      std::byte* tile = data_.data() + t * layout_.tile_bytes();
+    for (int tile = first; tile < last; ++tile) {
+      const int t = tile % kTiles;
+      std::byte* block = data_.data() + tile / kTiles * layout_.block_bytes();
       Source rows[kRows];
-      std::copy_n(sources.data() + static_cast<size_t>(t) * kRows, kRows, rows);
+      std::copy_n(sources.data() + static_cast<size_t>(tile) * kRows, kRows, rows);
       for (int span = 0; span < layout_.spans; span += layout_.run_spans())
-        std::memset(tile + layout_.head_at(span), 0, layout_.head_bytes());
+        std::memset(block + layout_.head_at(t, span), 0, layout_.head_bytes());
       if (layout_.scale_bytes() == 2) {
-        pack_heads<uint16_t>(layout_, rows, tile);
+        pack_heads<uint16_t>(layout_, rows, t, block);
       } else {
-        pack_heads<uint8_t>(layout_, rows, tile);
+        pack_heads<uint8_t>(layout_, rows, t, block);
       }
-      kPackTile[layout_.bits - 1](layout_, rows, recode, tile);
+      kPackTile[layout_.bits - 1](layout_, rows, recode, t, block);
     }
   });
 }

@@ -10,97 +10,110 @@ namespace {
 using simd::Bytes, simd::Floats, simd::Ints, simd::unrolled;
 
 // Sums of one input side by side, so that an instruction need not wait for the one before.
-constexpr int sums_of(int inputs) { return inputs == 1 ? 4 : inputs <= 4 ? 2 : 1; }
-// Vectors that one turn of the inner loop takes.
+constexpr int sums_of(int inputs) { return inputs * kTiles >= 8 ? 1 : inputs * kTiles >= 4 ? 2 : 4; }
+// Vectors of a tile that one turn of the inner loop takes.
 constexpr int step_of(int bits) { return std::max(chunk_of(bits), 4); }
 
-constexpr size_t kAhead = 4096;  // bytes by which the stream is asked for before it is used
+constexpr size_t kAhead = 6144;  // bytes by which the stream is asked for before it is used
 
-template <int bits, bool table, int i>
+// Vector i of tile t of the block whose chunks begin at p.
+template <int bits, bool table, int i, int t>
 [[gnu::always_inline]] inline Bytes vector_at(const std::byte* p, const uint8_t* entries) {
   constexpr int chunk = Planes<bits>::kChunk;
-  Bytes code = Planes<bits>::template decode<i % chunk>(p + i / chunk * Planes<bits>::kBytes);
+  Bytes code = Planes<bits>::template decode<i % chunk>(p + (i / chunk * kTiles + t) * Planes<bits>::kBytes);
   if constexpr (table) code = simd::look_up<bits>(entries, code);
   return code;
 }
 
 template <int bits, bool table>
-void expand(const Tiles& tiles, int tile, int from, int to, uint8_t* codes, int stride) {
+void expand(const Tiles& tiles, int block, int from, int to, uint8_t* codes) {
   const Layout& layout = tiles.layout;
-  constexpr int chunk = Planes<bits>::kChunk;
+  constexpr int chunk = Planes<bits>::kChunk, bytes = kTiles * Planes<bits>::kBytes;
   for (int span = from; span < to; ++span) {
-    const std::byte* p = tiles.tile(tile) + layout.codes_at(span);
-    for (int v = 0; v < layout.vectors; v += chunk, p += Planes<bits>::kBytes) {
-      for (int line = 0; line < Planes<bits>::kBytes; line += 64) simd::prefetch(p + kAhead + line);
+    const std::byte* p = tiles.block(block) + layout.codes_at(0, span);
+    for (int v = 0; v < layout.vectors; v += chunk, p += bytes) {
+      for (int line = 0; line < bytes; line += 64) simd::prefetch(p + kAhead + line);
       unrolled<chunk>([&](auto i) __attribute__((always_inline)) {
-        simd::store_bytes(codes, vector_at<bits, table, i>(p, tiles.table));
-        codes += stride;
+        unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
+          simd::store_bytes(codes, vector_at<bits, table, i, t>(p, tiles.table));
+          codes += kVector;
+        });
       });
     }
   }
 }
 
 template <int bits, bool table, int inputs>
-void stream(const Tiles& tiles, const Panel& panel, int tile, float* y, int ldy) {
-  constexpr int sums = sums_of(inputs), step = step_of(bits);
+void stream(const Tiles& tiles, const Panel& panel, int block, float* y, int ldy) {
+  constexpr int sums = sums_of(inputs), step = step_of(bits), bytes = kTiles * step * 8 * bits;
   const Layout& layout = tiles.layout;
   const int vectors = layout.block / 4, spans = layout.spans, join = layout.join, run = layout.run_spans();
   const int scale_step = layout.head_step() * layout.scale_bytes(), zero_step = layout.zeros ? layout.head_step() : 0;
-  const size_t head = layout.head_bytes(), scales = layout.zero_at(0, 0);
-  const Ints zero_of_all = simd::ints(layout.zero);
-  Floats out[inputs];
-  unrolled<inputs>([&](auto i) { out[i] = simd::floats(0); });
-  const std::byte* p = tiles.tile(tile);
+  const size_t head = layout.head_bytes(), scales = layout.zero_at(0, 0, 0);
+  alignas(64) float out[inputs][kTiles][kRows] = {};
+  const std::byte* p = tiles.block(block);
   const int32_t* q = panel.q;
   const int32_t* minus = panel.minus;
   const float* scale = panel.scale;
   for (int first = 0; first < spans; first += run) {
     const std::byte *scale_at = p, *zero_at = p + scales;
-    p += head;
+    p += kTiles * head;
     for (int span = first; span < std::min(first + run, spans); ++span, scale += inputs) {
       for (int j = 0; j < join; ++j) {
-        const Ints zero = layout.zeros ? simd::load_bytes_wide(zero_at) : zero_of_all;
-        Ints acc[inputs][sums];
+        // Kept in registers from one group to the next, `out` would displace `acc`.
+        if constexpr (inputs > 4) asm volatile("" ::: "memory");
+        Ints acc[inputs][kTiles][sums];
         unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
-          unrolled<sums>([&](auto s) __attribute__((always_inline)) {
-            acc[i][s] = s == 0 ? simd::scaled(zero, minus[i]) : simd::ints(0);
+          const Ints start = simd::ints(minus[i]);
+          unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
+            unrolled<sums>([&](auto s) __attribute__((always_inline)) { acc[i][t][s] = s == 0 ? start : simd::ints(0); });
           });
         });
+        if (layout.zeros)
+          unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
+            const Ints zero = simd::load_bytes_wide(zero_at + t * head);
+            unrolled<inputs>([&](auto i) __attribute__((always_inline)) { acc[i][t][0] = simd::scaled(zero, acc[i][t][0]); });
+          });
         int v = vectors;
         do {
           unrolled<step>([&](auto k) __attribute__((always_inline)) {
-            const Bytes w = vector_at<bits, table, k>(p, tiles.table);
+            Bytes w[kTiles];
+            unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
+              w[t] = vector_at<bits, table, k, t>(p, tiles.table);
+            });
             unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
-              acc[i][k % sums] =
-                  simd::dot<bits == 8 || (table && bits == 7)>(acc[i][k % sums], w, simd::quad(q + k * inputs + i));
+              const simd::Quad x = simd::quad(q + k * inputs + i);
+              unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
+                Ints& sum = acc[i][t][k % sums];
+                sum = simd::dot<bits == 8 || (table && bits == 7)>(sum, w[t], x);
+              });
             });
           });
-          for (int line = 0; line < step * 8 * bits; line += 64) simd::prefetch(p + kAhead + line);
-          p += step * 8 * bits, q += step * inputs;
+          for (int line = 0; line < bytes; line += 64) simd::prefetch(p + kAhead + line);
+          p += bytes, q += step * inputs;
         } while ((v -= step) > 0);
-        const Floats s = scale_of(layout, scale_at);
-        unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
-          Ints sum = acc[i][0];
-          unrolled<sums - 1>([&](auto k) __attribute__((always_inline)) { sum = simd::add(sum, acc[i][k + 1]); });
-          out[i] = simd::fma(simd::to_floats(sum), simd::mul(s, simd::floats(scale[i])), out[i]);
+        unrolled<kTiles>([&](auto t) __attribute__((always_inline)) {
+          const Floats s = scale_of(layout, scale_at + t * head);
+          unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
+            Ints sum = acc[i][t][0];
+            unrolled<sums - 1>([&](auto k) __attribute__((always_inline)) { sum = simd::add(sum, acc[i][t][k + 1]); });
+            const Floats by = simd::mul(s, simd::floats(scale[i]));
+            simd::store(out[i][t], simd::fma(simd::to_floats(sum), by, simd::load(out[i][t])));
+          });
         });
         minus += inputs, scale_at += scale_step, zero_at += zero_step;
       }
     }
   }
-  const Floats factor = simd::load(tiles.factors + tile * kRows);
-  const int rows = std::min(kRows, tiles.rows - tile * kRows);
-  unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
-    float* to = y + static_cast<size_t>(i) * ldy + tile * kRows;
-    const Floats result = simd::mul(out[i], factor);
-    if (rows == kRows) {
-      simd::store(to, result);
-    } else {
-      float part[kRows];
-      simd::store(part, result);
-      std::copy_n(part, rows, to);
+  for (int t = 0; t < kTiles; ++t) {
+    const int row = (block * kTiles + t) * kRows, rows = std::min(kRows, tiles.rows - row);
+    if (rows <= 0) break;
+    const Floats factor = simd::load(tiles.factors + row);
+    for (int i = 0; i < inputs; ++i) {
+      simd::store(out[i][t], simd::mul(simd::load(out[i][t]), factor));
+      std::copy_n(out[i][t], rows, y + static_cast<size_t>(i) * ldy + row);
     }
-  });
+  }
 }
 
 template <int bits, bool table>

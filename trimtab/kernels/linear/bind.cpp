@@ -20,14 +20,15 @@ std::vector<double> seconds(const std::vector<std::shared_ptr<Weight>>& weights,
     scratch = std::max(scratch, w->scratch(m));
   }
   require(x.shape(1) == static_cast<size_t>(cols), "x and the weights differ in their columns");
-  Buffer memory(scratch), out(sizeof(float) * m * rows);
+  const int ldy = static_cast<int>(spaced(rows));
+  Buffer memory(scratch), out(sizeof(float) * m * ldy);
   auto* y = reinterpret_cast<float*>(out.data());
   std::vector<double> found(turns);
   nb::gil_scoped_release release;
   Pool::get().run([&](const Team& team) {
     for (int turn = 0; turn < turns; ++turn) {
       const auto start = std::chrono::steady_clock::now();
-      weights[turn % weights.size()]->apply(x.data(), cols, m, y, rows, memory.data(), team);
+      weights[turn % weights.size()]->apply(x.data(), cols, m, y, ldy, memory.data(), team);
       if (team.rank == 0) found[turn] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
   });

@@ -227,7 +227,7 @@ Program::Program(int rows, int outputs, int sequences, int context)
 Slice Program::buffer(int width, bool picked) {
   require(width > 0 && width <= 1 << 24, "a buffer is between 1 and 2^24 wide, not " + std::to_string(width));
   require(!finished_, "the program has run; it takes no more buffers");
-  const size_t stride = (size_t(width) + 15) / 16 * 16;  // rows begin on a cache line
+  const size_t stride = spaced(width);
   widths_.push_back(static_cast<int>(stride));
   is_picked_.push_back(picked);
   starts_.push_back(floats_);
