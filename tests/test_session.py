@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,15 @@ import trimtab
 from trimtab.core.errors import UserError
 from trimtab.core.level import parse_level
 from trimtab.core.method import method
+from trimtab.core.plan import Plan
 from trimtab.engine import session as sessions
+from trimtab.engine.apply import apply
 from trimtab.engine.program import compile_form
 from trimtab.engine.session import Runtime, Session, Timing, TorchSession, generate, map_of
+from trimtab.evidence import Evidence
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
+from trimtab.lab import Bench
 from trimtab.models.source import open_source
 
 compiled = pytest.mark.skipif(native() is None, reason="no kernels were compiled")
@@ -264,11 +270,71 @@ def test_compiled_and_plain_torch_write_the_same(level: str) -> None:
 
 
 @compiled
+@torch.no_grad()
+def test_threads_may_change_between_steps() -> None:
+    kernels, model = native(), make(*MODELS["llama"])
+    assert kernels is not None
+    before, writer = kernels.threads(), Runtime(model, packed_at(model, "4b/g16")).open(128)
+    try:
+        found = []
+        for threads in (1, 3):
+            kernels.set_threads(threads)
+            writer.forget(0)
+            found.append(writer.extend(0, list(range(90))).clone())
+        assert torch.allclose(*found, rtol=0, atol=1e-4)
+    finally:
+        kernels.set_threads(before)
+
+
+@compiled
 def test_timing() -> None:
     writer, timing = Runtime(make(*MODELS["llama"])).open(64), Timing()
     found = list(generate(writer, [1, 2, 3], 9, timing=timing))
     assert len(found) == timing.tokens == 9 and timing.prompt == 3 and timing.decode > 0 and timing.prefill > 0
     assert list(generate(writer, [1, 2, 3], 9, stop=frozenset({found[4]}))) == found[: found.index(found[4])]
+
+
+# ---- an artifact of many levels
+
+MIXED = (
+    "rtn @ q=4b/g32, down=8b/g32 | magnitude @ k=50%, o=2:4 | vptq @ v=vq/d4/k16/r16 | lrt @ gate=r24 | "
+    "output-space @ model.layers.1.mlp.gate_proj=r16/bias | zeroquant-v2 @ up=4b/g32+r4"
+)
+
+
+def artifact_of(model: str, plan: str, folder: Path) -> Path:
+    """The artifact that a plan makes of a model, without a search."""
+    bench = Bench(open_source(model), calibration=2, items=1)
+    applied = apply(bench.stream(), Plan.parse(plan).resolve(bench.sites), bench.calibration, bench.chunk)
+    Evidence(SimpleNamespace(source=bench.source, journal=None)).write(applied, plan, folder)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    return artifact_of("pocket", MIXED, tmp_path_factory.mktemp("mixed") / "artifact")
+
+
+@compiled
+@pytest.mark.parametrize("packed", [False, True])
+def test_mixed_levels_run_in_the_program_and_write_what_torch_writes(mixed: Path, packed: bool) -> None:
+    loaded, plain = trimtab.load(mixed, packed=packed), trimtab.load(mixed)
+    held = {type(read().level).__name__ for read in plain.packed.values()}
+    assert held == {"Int", "Sparse", "NM", "Codebook", "Rank", "Plus"}
+    writer = loaded.writer(128)
+    assert isinstance(writer, Session)
+    other = Runtime(plain.model, plain.packed, plain=True).open(128)
+    assert isinstance(other, TorchSession)
+    for prompt in ("import os", "def main(args):\n    "):
+        ids = [0, *plain.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        assert list(generate(writer, ids, 32)) == list(generate(other, ids, 32))
+
+
+@compiled
+def test_mixed_levels_run_from_the_command_line(mixed: Path, cli: Any) -> None:
+    said = cli("run", mixed, "--prompt", "import os", "--tokens", "8", "--json")
+    found = said.json()
+    assert "kernels" in found["engine"] and found["tokens"] == 8 and "slower" not in said.err
 
 
 # ---- the face
