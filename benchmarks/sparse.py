@@ -40,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trimtab.core.level import NM, Level, Sparse, parse_level, rows_cols
 from trimtab.formats.packed import Packed, pack_nm, pack_sparse
-from trimtab.kernels.conv.module import PackedConv2d
 from trimtab.kernels.native import native
+from trimtab.kernels.sparse.module import SparseConv2d
 from trimtab.kernels.weight import weight_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +131,12 @@ def linear(rows: int, cols: int, turns: int) -> list[dict[str, Any]]:
 # ---- networks
 
 
+class OnKernels(SparseConv2d):
+    """A sparse convolution that asks nothing of whether it pays."""
+
+    forward = SparseConv2d.on_kernels
+
+
 class Separable(nn.Sequential):
     """A depthwise 3x3 and a pointwise convolution, both normalised (Howard et al. 2017, arXiv:1704.04861)."""
 
@@ -198,7 +204,7 @@ def network(name: str, model: nn.Module, size: int, batches: tuple[int, ...], tu
         for (parent, path, conv), (_, _, same) in pairs:
             whole = conv.groups > 1 or conv.in_channels == 3
             packed = pruned(conv.weight, parse_level("0%" if whole else text))
-            setattr(parent, path, PackedConv2d(packed, conv))
+            setattr(parent, path, OnKernels(packed, conv))
             same.weight.data = packed.dense()
     found = []
     for images in batches:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from types import ModuleType
 
 import numpy as np
@@ -14,11 +12,10 @@ from hypothesis import strategies as st
 from kernel_variants import variants
 from torch import nn
 
-from trimtab.core.level import NM, Dense, Sparse
-from trimtab.formats.packed import Packed, pack_dense, pack_nm, pack_sparse
-from trimtab.kernels.conv import module as conv_module
+from trimtab.core.level import Sparse
+from trimtab.formats.packed import Packed, pack_sparse
 from trimtab.kernels.conv import reference
-from trimtab.kernels.conv.module import PackedConv2d
+from trimtab.kernels.sparse.module import SparseConv2d
 
 TOLERANCE = 4e-6  # of the sum of magnitudes: only the order of the fp32 additions differs
 
@@ -48,7 +45,7 @@ def test_sparse_conv(module: ModuleType, data: st.DataObject) -> None:
     conv = nn.Conv2d(groups * inside, groups * outside, kernel, *where, bias=seed % 2 == 0)
     x = torch.randn(images, groups * inside, *size)
     packed, mask = pruned(conv, ratio, seed)
-    found = PackedConv2d(packed, conv)._kernel(module, size).apply(x.numpy())
+    found = SparseConv2d(packed, conv).kernel(module, size).apply(x.numpy())
     values = packed.tensors["values"]
     bias = None if conv.bias is None else conv.bias.detach()
     keywords = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -56,32 +53,6 @@ def test_sparse_conv(module: ModuleType, data: st.DataObject) -> None:
     room = reference.sparse_conv(mask, values.abs(), None if bias is None else bias.abs(), x.abs(), **keywords)
     assert found.shape == expected.shape
     assert ((torch.from_numpy(found) - expected).abs() <= TOLERANCE * room + 1e-30).all()
-
-
-@pytest.mark.parametrize("module", variants())
-@pytest.mark.parametrize("kind", ["sparse", "nm", "dense"])
-def test_the_module_stands_for_a_convolution(module: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_module, "native", lambda: module)
-    torch.manual_seed(0)
-    conv = nn.Conv2d(8, 12, 3, 2, 1)
-    weight = conv.weight.detach()
-    if kind == "sparse":
-        packed = pruned(conv, 0.7, 0)[0]
-    elif kind == "nm":
-        mask = torch.tensor([True, False, True, False]).repeat(12, 18)
-        packed = pack_nm(weight.reshape(12, 72), mask, NM(2, 4), tuple(weight.shape))
-    else:
-        packed = pack_dense(weight, Dense("fp16"))
-    stands = PackedConv2d(packed, conv)
-    for size in ((9, 9), (10, 7), (5, 5), (4, 4), (16, 16), (9, 9)):
-        x = torch.randn(3, 8, *size).to(memory_format=torch.channels_last)
-        expected = nn.functional.conv2d(x, packed.dense(), conv.bias, 2, 1)
-        assert torch.allclose(stands(x), expected, atol=1e-5)
-    x = torch.randn(1, 8, 9, 9, requires_grad=True)
-    stands(x).sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
-    assert torch.equal(copy.deepcopy(stands)(x.detach()), stands(x.detach()))
-    assert torch.allclose(stands.double()(x.double()).float(), stands.float()(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("module", variants())
@@ -95,14 +66,3 @@ def test_what_does_not_fit_is_refused(module: ModuleType) -> None:
         module.sparse_conv(bits, values, None, 8, 1, one, one, (0, 0), one, (4, 4)).apply(
             np.zeros((1, 8, 4, 5), np.float32)
         )
-    with pytest.raises(ValueError, match="not a number of zeros"):
-        PackedConv2d(
-            pack_dense(torch.zeros(1, 1, 3, 3), Dense("fp16")), nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
-        )
-
-
-def test_the_page_of_speeds_is_its_record() -> None:
-    from benchmarks.sparse import PAGE, RECORD, page
-
-    row = json.loads(RECORD.read_text("utf-8").splitlines()[-1])
-    assert PAGE.read_text("utf-8") == page(row)

@@ -7,27 +7,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from conftest import artifact_of
 from torch import Tensor, nn
 
 import trimtab
 from trimtab.core.errors import UserError
 from trimtab.core.level import parse_level
 from trimtab.core.method import method
-from trimtab.core.plan import Plan
 from trimtab.engine import session as sessions
-from trimtab.engine.apply import apply
 from trimtab.engine.program import compile_form
 from trimtab.engine.session import Runtime, Session, Timing, TorchSession, generate, map_of
-from trimtab.evidence import Evidence
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
-from trimtab.lab import Bench
 from trimtab.models.source import open_source
 
 compiled = pytest.mark.skipif(native() is None, reason="no kernels were compiled")
@@ -300,14 +296,6 @@ MIXED = (
     "rtn @ q=4b/g32, down=8b/g32 | magnitude @ k=50%, o=2:4 | vptq @ v=vq/d4/k16/r16 | lrt @ gate=r24 | "
     "output-space @ model.layers.1.mlp.gate_proj=r16/bias | zeroquant-v2 @ up=4b/g32+r4"
 )
-
-
-def artifact_of(model: str, plan: str, folder: Path) -> Path:
-    """The artifact that a plan makes of a model, without a search."""
-    bench = Bench(open_source(model), calibration=2, items=1)
-    applied = apply(bench.stream(), Plan.parse(plan).resolve(bench.sites), bench.calibration, bench.chunk)
-    Evidence(SimpleNamespace(source=bench.source, journal=None)).write(applied, plan, folder)  # type: ignore[arg-type]
-    return folder
 
 
 @pytest.fixture(scope="module")
