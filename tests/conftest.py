@@ -77,6 +77,22 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def artifact_of(model: str, plan: str, folder: Path) -> Path:
+    """The artifact that a plan makes of a model, without a search."""
+    from types import SimpleNamespace
+
+    from trimtab.core.plan import Plan
+    from trimtab.engine.apply import apply
+    from trimtab.evidence import Evidence
+    from trimtab.lab import Bench
+    from trimtab.models.source import open_source
+
+    bench = Bench(open_source(model), calibration=2, items=1)
+    applied = apply(bench.stream(), Plan.parse(plan).resolve(bench.sites), bench.calibration, bench.chunk)
+    Evidence(SimpleNamespace(source=bench.source, journal=None)).write(applied, plan, folder)  # type: ignore[arg-type]
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, text: Path, one_thread: None) -> Path:
     """A Llama of two blocks with pocket's tokenizer, trained on the text for a moment: enough for damage to be seen."""

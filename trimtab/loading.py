@@ -123,7 +123,7 @@ class Loaded:
         return ids
 
 
-def load(path: str | Path, *, model: str | None = None, packed: bool = False) -> Loaded:
+def load(path: str | Path, *, model: str | None = None, packed: bool = False, kernels: bool = True) -> Loaded:
     """An artifact of `fit`, a model that others quantised, or any model that `fit` takes, ready to run.
 
     Args:
@@ -131,17 +131,19 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
             model.
         model: for an artifact of a Python function's model: that function, `module:function`.
         packed: keep packed linears packed in memory, and share what the kernels hold: least memory.
+        kernels: of a model that writes no text, run sparse linears and convolutions on the compiled kernels where those
+            are at least as fast, in fp32 as torch does; False: all on torch, which is what `fit` measured.
 
     Raises:
         UserError: there is nothing of that name, or it is damaged.
     """
-    from trimtab.models.artifact import build, is_artifact, open_artifact
+    from trimtab.models.artifact import build, is_artifact, open_artifact, use_kernels
     from trimtab.models.quantised import is_quantised, open_quantised
     from trimtab.models.source import open_source
 
     if not is_artifact(path):
         if (Path(path) / "report.json").is_file() and is_artifact(Path(path) / "artifact"):
-            return load(Path(path) / "artifact", model=model, packed=packed)
+            return load(Path(path) / "artifact", model=model, packed=packed, kernels=kernels)
         if is_quantised(path):
             opened = open_quantised(path)
             module = build(opened.contents, opened.skeleton, packed=packed)
@@ -155,6 +157,8 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False) ->
     contents = open_artifact(path)
     _check_memory(contents, packed)
     module = build(contents, open_source(model).skeleton if model else None, packed=packed)
+    if kernels and contents.manifest["task"] != "causal-lm":
+        use_kernels(module, contents)
     tokenizer = None
     if (contents.folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer

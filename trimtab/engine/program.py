@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.level import Float, Int
-from trimtab.formats.packed import Packed
-from trimtab.kernels.dense.make import dense_weight
+from trimtab.core.level import Float, Int, Plus
+from trimtab.formats.packed import Packed, summands
 from trimtab.kernels.integer.reference import exact_step, linear
-from trimtab.kernels.weight import kernel_weight
+from trimtab.kernels.weight import weight_of
 
 if TYPE_CHECKING:
     from trimtab.core.modelmap import Attention, ModelMap, Norm, Sublayer
@@ -260,16 +259,14 @@ class Weights:
         self.made: dict[tuple[str, ...], Any] = {}
         self.users: dict[tuple[str, ...], Any] = {}  # paths -> the weight that holds their rows one above the other
 
-    def get(self, paths: tuple[str, ...]) -> list[tuple[Any, tuple[str, ...]]]:
-        """One weight for all of these, one above the other, where they are stored alike; else one each."""
+    def get(self, paths: tuple[str, ...]) -> Any:
+        """One weight for all of these, their rows one above the other; without kernels it is for one path."""
         keys = tuple(self.first.get(f"{path}.weight", f"{path}.weight") for path in paths)
         if keys not in self.made:
-            weight = self._make([self._matrix(path) for path in paths])
-            if weight is None:
-                return [pair for path in paths for pair in self.get((path,))]
-            self.made[keys] = weight
+            parts: list[Any] = [self._matrix(path) for path in paths]
+            self.made[keys] = PlainWeight(*parts) if self.kernels is None else weight_of(self.kernels, parts)
         self.users[paths] = self.made[keys]
-        return [(self.made[keys], paths)]
+        return self.made[keys]
 
     def bias(self, paths: tuple[str, ...]) -> np.ndarray | None:
         """The biases of a weight, end to end; zero where one has none and another has."""
@@ -329,20 +326,6 @@ class Weights:
         weight = module.get_parameter("weight").detach()
         return weight.T if self.sites[path].transposed else weight
 
-    def _make(self, matrices: list[Any]) -> Any | None:
-        """One weight of these matrices; None where several are not stored alike."""
-        packed = [m for m in matrices if isinstance(m, Packed)]
-        if not packed:
-            return dense_weight(self.kernels, torch.cat(matrices))
-        if len(packed) < len(matrices) or any(p.level != packed[0].level for p in packed):
-            return None
-        if self.kernels is None:
-            return PlainWeight(packed[0]) if len(packed) == 1 else None
-        weight = kernel_weight(*packed)
-        if weight is None and len(packed) == 1:
-            return dense_weight(self.kernels, packed[0].dense())
-        return weight
-
 
 class PlainWeight:
     """A packed weight with the kernels' face and arithmetic, in plain torch."""
@@ -353,10 +336,16 @@ class PlainWeight:
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """`x [m, cols]` to `[m, rows]`: with 8-bit inputs where the level has integers, else in fp32."""
-        level, inputs = self.packed.level, torch.from_numpy(x)
-        integers = isinstance(level, Int) or (isinstance(level, Float) and exact_step(level.e, level.m) is not None)
-        y = linear(self.packed, inputs) if integers else nn.functional.linear(inputs, self.packed.dense())
-        return y.numpy()
+        return _plain(self.packed, torch.from_numpy(x)).numpy()
+
+
+def _plain(packed: Packed, x: Tensor) -> Tensor:
+    level = packed.level
+    if isinstance(level, Plus):
+        base, extra = summands(packed)
+        return _plain(base, x) + _plain(extra, x)
+    integers = isinstance(level, Int) or (isinstance(level, Float) and exact_step(level.e, level.m) is not None)
+    return linear(packed, x) if integers else nn.functional.linear(x, packed.dense())
 
 
 def _linear(module: nn.Module, weight: Any, first: int, rows: int) -> Callable[[Tensor], Tensor]:
@@ -404,14 +393,12 @@ def compile_form(
         p.norm(source, out, add, scale.rms, *vectors, scale.eps, scale.groups)
 
     def product(source: Any, out: Any, paths: tuple[str, ...]) -> None:
-        at = 0
-        for weight, some in weights.get(paths):
-            p.linear(source, out.part(at, weight.rows), weight, weights.bias(some))
-            at += weight.rows
+        weight = weights.get(paths)
+        p.linear(source, out.part(0, weight.rows), weight, weights.bias(paths))
 
-    p.embed(x, weights.get((form.embed,))[0][0], form.embed_scale)
+    p.embed(x, weights.get((form.embed,)), form.embed_scale)
     if form.position is not None:
-        p.place(x, weights.get((form.position,))[0][0], form.offset)
+        p.place(x, weights.get((form.position,)), form.offset)
     added = None  # what the branch before gave, added to x as the next one reads it
     for branch in form.branches:
         norm(branch.norm, x, h, added)

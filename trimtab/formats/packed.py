@@ -203,6 +203,15 @@ def pack_plus(base: Packed, extra: Packed, level: Plus) -> Packed:
     )
 
 
+def summands(packed: Packed) -> tuple[Packed, Packed]:
+    """The two that `pack_plus` added up: the weight, and the low-rank correction without its bias."""
+    level: Plus = packed.level  # type: ignore[assignment]
+    names = tensor_names(level.base)
+    base = {name: packed.tensors[name] for name in names}
+    extra = {name: packed.tensors[f"extra_{name}"] for name in ("left", "right")}
+    return Packed(level.base, packed.shape, base), Packed(Rank(level.extra.rank), packed.shape, extra)
+
+
 def pack_dense(weight: Tensor, level: Dense) -> Packed:
     """The weight itself in the level's type."""
     return Packed(level, tuple(weight.shape), {"weight": weight.to(DTYPES[level.dtype])})
@@ -331,12 +340,8 @@ def _rank(p: Packed) -> Tensor:
 
 
 def _plus(p: Packed) -> Tensor:
-    level: Plus = p.level  # type: ignore[assignment]
-    base = Packed(
-        level.base, p.shape, {k: v for k, v in p.tensors.items() if not k.startswith("extra_") and k != "bias"}
-    )
-    correction = p.tensors["extra_left"].float() @ p.tensors["extra_right"].float()
-    return correction.add_(base.dense().reshape(rows_cols(p.shape)))
+    base, extra = summands(p)
+    return extra.dense().add_(base.dense()).reshape(rows_cols(p.shape))
 
 
 _DECODE: dict[type[Level], Callable[[Packed], Tensor]] = {

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import commit_folder, write_atomic, writing
-from trimtab.core.level import Level, parse_level
+from trimtab.core.level import NM, Level, Sparse, parse_level
 from trimtab.formats.packed import Packed, tensor_names
 from trimtab.models.source import fill, skeleton_of
 
@@ -226,6 +226,19 @@ def _stay_packed(model: nn.Module, contents: Contents) -> None:
             bias = contents.read(f"{path}.bias").float() if f"{path}.bias" in contents.dense else None
             parent, _, key = path.rpartition(".")
             setattr(model.get_submodule(parent), key, PackedLinear(reader(), bias))
+
+
+def use_kernels(model: nn.Module, contents: Contents) -> None:
+    """From now on sparse linears and convolutions run on the kernels where those are at least as fast as torch."""
+    from trimtab.kernels.sparse.module import stand_in
+
+    for name, reader in contents.packed.items():
+        path, _, parameter = name.rpartition(".")
+        sparse = isinstance(parse_level(contents.manifest["packed"][name]["level"]), Sparse | NM)
+        found = stand_in(model.get_submodule(path), reader()) if sparse and parameter == "weight" else None
+        if found is not None:
+            parent, _, key = path.rpartition(".")
+            setattr(model.get_submodule(parent), key, found.eval())
 
 
 def make_skeleton(contents: Contents) -> nn.Module:

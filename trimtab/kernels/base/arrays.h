@@ -48,12 +48,13 @@ constexpr size_t spaced(size_t width) {
   return whole % 1024 == 0 ? whole + 16 : whole;
 }
 
-// A float array of Python's that owns its memory.
+// A float array of Python's that owns its memory: a large one takes huge pages, for each new page costs a fault.
 inline nb::ndarray<nb::numpy, float> new_floats(std::initializer_list<size_t> shape, float** data) {
   size_t count = 1;
   for (size_t n : shape) count *= n;
-  *data = new float[count > 0 ? count : 1];
-  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  auto* memory = new Buffer(count > 0 ? count * sizeof(float) : 1);
+  *data = reinterpret_cast<float*>(memory->data());
+  nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<Buffer*>(p); });
   return nb::ndarray<nb::numpy, float>(*data, shape.size(), shape.begin(), owner);
 }
 

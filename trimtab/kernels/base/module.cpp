@@ -17,6 +17,8 @@ void bind_integer(nb::module_& module);
 void bind_dense(nb::module_& module);
 void bind_codebook(nb::module_& module);
 void bind_sparse(nb::module_& module);
+void bind_lowrank(nb::module_& module);
+void bind_conv(nb::module_& module);
 void bind_attention(nb::module_& module);
 void bind_step(nb::module_& module);
 void bind_machine(nb::module_& module);
@@ -54,6 +56,8 @@ NB_MODULE(TRIMTAB_MODULE, module) {
   bind_dense(module);
   bind_codebook(module);
   bind_sparse(module);
+  bind_lowrank(module);
+  bind_conv(module);
   bind_attention(module);
   bind_step(module);
   bind_machine(module);

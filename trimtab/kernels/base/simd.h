@@ -12,10 +12,17 @@
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in the header, where a lane is undefined on purpose
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in the header, where a lane is undefined on purpose
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
+
+namespace trimtab {
+
+using Half = uint16_t;  // the bits of an IEEE half
+
+}  // namespace trimtab
 
 namespace trimtab::simd {
 
@@ -32,7 +39,7 @@ template <int n, typename F>
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 
-inline float float_of_half(uint16_t half) {
+inline float float_of_half(Half half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
 #else
@@ -45,6 +52,14 @@ inline float float_of_half(uint16_t half) {
   return std::bit_cast<float>(sign | wide << 23 | mantissa << 13);
 #endif
 }
+
+#if defined(__AVX2__)
+inline float total_of(__m256 eight) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
@@ -85,10 +100,21 @@ inline Ints scaled(Ints bytes, Ints n) { return _mm512_madd_epi16(bytes, n); }
 
 inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
 inline int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
+inline float total(Floats x) {
+  return total_of(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+}
 
 inline Floats load_halves(const void* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
+inline Floats floats_of_half(const Half* one) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(*one))); }
+
+// The first n lanes; what is not loaded is zero.
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Floats load(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline Floats load(const Half* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+inline void store(float* p, Floats x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+
 inline Ints load_bytes_wide(const void* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
@@ -216,6 +242,7 @@ inline int32_t largest(Ints x) {
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
+inline float total(Floats x) { return total_of(_mm256_add_ps(x.a, x.b)); }
 inline int32_t total(Ints x) {
   const __m256i sum = _mm256_add_epi32(x.a, x.b);
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
@@ -329,6 +356,7 @@ inline Ints scaled(Ints bytes, Ints n) { return each<Ints>([&](size_t i) { retur
 
 inline int32_t largest(Ints x) { return *std::max_element(x.v, x.v + kLanes); }
 inline int32_t total(Ints x) { return std::accumulate(x.v, x.v + kLanes, 0); }
+inline float total(Floats x) { return std::accumulate(x.v, x.v + kLanes, 0.0f); }
 
 inline Bytes load_bytes(const void* p) {
   Bytes r;
@@ -375,6 +403,24 @@ inline Bytes look_up(const uint8_t* table, Bytes codes) {
   return each<Bytes>([&](size_t i) { return table[codes.v[i]]; });
 }
 
+#endif
+
+inline Floats load(const Half* p) { return load_halves(p); }
+
+#if !defined(__AVX512F__) || !defined(__AVX512BW__)
+inline Floats floats_of_half(const Half* one) { return floats(float_of_half(*one)); }
+
+template <typename T>
+inline Floats load(const T* p, int n) {
+  T whole[kLanes] = {};
+  std::memcpy(whole, p, n * sizeof(T));
+  return load(whole);
+}
+inline void store(float* p, Floats x, int n) {
+  float whole[kLanes];
+  store(whole, x);
+  std::memcpy(p, whole, n * sizeof(float));
+}
 #endif
 
 }  // namespace trimtab::simd

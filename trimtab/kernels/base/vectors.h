@@ -6,9 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "base/simd.h"
 
 namespace trimtab {
 
@@ -74,12 +72,7 @@ inline float largest(F32 v) {
 
 inline float widen(Bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-inline float widen(Fp16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // Multiplying by 2^112 puts the exponent right for normal and subnormal numbers alike.
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f));
-}
+inline float widen(Fp16 x) { return simd::float_of_half(x.bits); }
 
 inline float widen(float x) { return x; }
 

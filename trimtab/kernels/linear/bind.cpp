@@ -5,7 +5,7 @@
 #include <chrono>
 
 #include "base/arrays.h"
-#include "linear/weight.h"
+#include "linear/stack.h"
 
 namespace trimtab {
 namespace {
@@ -33,6 +33,19 @@ std::vector<double> seconds(const std::vector<std::shared_ptr<Weight>>& weights,
     }
   });
   return found;
+}
+
+std::shared_ptr<Weight> stack(const std::vector<std::shared_ptr<Weight>>& parts) {
+  require(!parts.empty(), "a stack has at least one part");
+  int64_t rows = 0;
+  for (const auto& part : parts) {
+    require(part != nullptr, "a weight was expected, not None");
+    require(part->cols == parts[0]->cols, "weights of " + std::to_string(parts[0]->cols) + " and " + std::to_string(part->cols) +
+                                              " columns do not read the same inputs");
+    rows += part->rows;
+  }
+  require(rows < INT32_MAX, "the stack has too many rows");
+  return std::make_shared<Stack>(Stack::Parts(parts.begin(), parts.end()));
 }
 
 }  // namespace
@@ -71,6 +84,7 @@ void bind_linear(nb::module_& module) {
             return result;
           },
           nb::arg("row"), "A row unpacked, fp32.");
+  module.def("stack", &stack, nb::arg("parts"), "Weights that read the same inputs, one below the other, as one.");
   module.def("seconds", &seconds, nb::arg("weights"), nb::arg("x"), nb::arg("turns"),
              "Seconds of each of `turns` products x [m, cols] to [m, rows], with one weight after the other.");
 }

@@ -7,6 +7,9 @@
 
 namespace trimtab {
 
+// Rounded up to whole cache lines, so that what follows in a scratch is aligned.
+inline size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 class Weight {
  public:
   Weight(int rows, int cols) : rows(rows), cols(cols) {}

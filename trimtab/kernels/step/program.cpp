@@ -401,8 +401,10 @@ void Program::run(const int* tokens, int count, const std::vector<Segment>& segm
     for (const auto& operation : operations_) own = std::max(own, operation->own_scratch());
     own_bytes_ = (own + 63) / 64 * 64 + 64;
   }
-  if (linear_scratch_ == 0)
+  if (scratch_threads_ != threads) {
     for (const auto& operation : operations_) linear_scratch_ = std::max(linear_scratch_, (operation->scratch(*this) + 63) / 64 * 64 + 64);
+    scratch_threads_ = threads;
+  }
   shared = std::max((shared + 63) / 64 * 64, linear_scratch_);
   if (scratch_.size() < shared + own_bytes_ * threads) scratch_ = Buffer(shared + own_bytes_ * threads);
   s.scratch = scratch_.data();

@@ -109,6 +109,7 @@ class Program {
   std::map<std::pair<int, int>, int> attentions_;  // (query heads, heads) -> the widest padded head
   Buffer arena_, scratch_;
   size_t floats_ = 0, own_bytes_ = 0, linear_scratch_ = 0;
+  int scratch_threads_ = 0;  // that linear_scratch_ was counted for
   bool finished_ = false;
   Step step_;
   std::mutex running_;

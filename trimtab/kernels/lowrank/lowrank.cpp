@@ -1,0 +1,85 @@
+#include "lowrank/lowrank.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "linear/dots.h"
+#include "linear/panels.h"
+
+namespace trimtab {
+
+LowRank::LowRank(const Half* left, const Half* right, int rows, int rank, int cols)
+    : Weight(rows, cols),
+      rank(rank),
+      left_(static_cast<size_t>((rows + kPanelRows - 1) / kPanelRows) * rank * kPanelRows * sizeof(Half)),
+      right_(static_cast<size_t>(rank) * cols * sizeof(Half)) {
+  Half* to = reinterpret_cast<Half*>(left_.data());
+  for (int r = 0; r < rows; r += kPanelRows)
+    for (int k = 0; k < rank; ++k)
+      for (int lane = 0; lane < kPanelRows; ++lane) *to++ = r + lane < rows ? left[static_cast<size_t>(r + lane) * rank + k] : Half{0};
+  std::memcpy(right_.data(), right, right_.size());
+}
+
+size_t LowRank::nbytes() const { return left_.size() + right_.size(); }
+
+size_t LowRank::scratch(int m) const { return static_cast<size_t>(m) * rank * sizeof(float); }
+
+Half LowRank::left(int r, int k) const {
+  return reinterpret_cast<const Half*>(left_.data())[(static_cast<size_t>(r / kPanelRows) * rank + k) * kPanelRows + r % kPanelRows];
+}
+
+void LowRank::narrow(const float* x, int ldx, int m, float* inner, const Team& team) const {
+  const auto [first, last] = team.share(rank);
+  const Half* right = reinterpret_cast<const Half*>(right_.data()) + static_cast<size_t>(first) * cols;
+  dots(right, cols, last - first, x, ldx, m, cols, inner + first, rank, false);
+}
+
+void LowRank::widen(const float* inner, int m, float* y, int ldy, bool add, const Team& team) const {
+  const Half* left = reinterpret_cast<const Half*>(left_.data());
+  const auto [first, last] = team.share((rows + kPanelRows - 1) / kPanelRows);
+  for (int p = first; p < last; ++p) {
+    const Half* panel = left + static_cast<size_t>(p) * rank * kPanelRows;
+    panel_dots(panel, rank, inner, rank, m, y + p * kPanelRows, ldy, std::min(kPanelRows, rows - p * kPanelRows), add);
+  }
+}
+
+void LowRank::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
+  float* inner = reinterpret_cast<float*>(scratch);
+  narrow(x, ldx, m, inner, team);
+  team.sync();
+  widen(inner, m, y, ldy, false, team);
+  team.sync();
+}
+
+void LowRank::row(int r, float* out) const {
+  const Half* right = reinterpret_cast<const Half*>(right_.data());
+  std::fill(out, out + cols, 0.0f);
+  for (int k = 0; k < rank; ++k) {
+    const float weight = simd::float_of_half(left(r, k));
+    for (int c = 0; c < cols; ++c) out[c] += weight * simd::float_of_half(right[static_cast<size_t>(k) * cols + c]);
+  }
+}
+
+Plus::Plus(std::shared_ptr<const Weight> base, std::shared_ptr<const LowRank> extra)
+    : Weight(base->rows, base->cols), base_(std::move(base)), extra_(std::move(extra)) {}
+
+size_t Plus::scratch(int m) const { return whole_lines(extra_->scratch(m)) + base_->scratch(m); }
+
+void Plus::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
+  float* inner = reinterpret_cast<float*>(scratch);
+  extra_->narrow(x, ldx, m, inner, team);
+  // When the base returns, all threads have been there: the inner values are complete as well.
+  base_->apply(x, ldx, m, y, ldy, scratch + whole_lines(extra_->scratch(m)), team);
+  extra_->widen(inner, m, y, ldy, true, team);
+  team.sync();
+}
+
+void Plus::row(int r, float* out) const {
+  std::vector<float> extra(cols);
+  base_->row(r, out);
+  extra_->row(r, extra.data());
+  for (int c = 0; c < cols; ++c) out[c] += extra[c];
+}
+
+}  // namespace trimtab

@@ -1,0 +1,48 @@
+// A weight of low rank: two factors in halves, and the sum of any weight and such a correction.
+#pragma once
+
+#include <memory>
+
+#include "base/arrays.h"
+#include "base/simd.h"
+#include "linear/weight.h"
+
+namespace trimtab {
+
+// W = left right, with left [rows, rank] and right [rank, cols].
+class LowRank final : public Weight {
+ public:
+  LowRank(const Half* left, const Half* right, int rows, int rank, int cols);
+  size_t nbytes() const override;
+  size_t scratch(int m) const override;
+  void apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const override;
+  void row(int r, float* out) const override;
+
+  // The two halves of `apply`, for a sum: inner = right x, and y (+)= left inner. Neither waits for the other threads.
+  void narrow(const float* x, int ldx, int m, float* inner, const Team& team) const;
+  void widen(const float* inner, int m, float* y, int ldy, bool add, const Team& team) const;
+
+  const int rank;
+
+ private:
+  Half left(int r, int k) const;
+
+  Buffer left_;   // [rows / 16][rank][16]: sixteen outputs lie side by side, so that no sum runs across a register
+  Buffer right_;  // [rank][cols]
+};
+
+// W = base + extra: the low-rank correction of what the base lost, in the same pass (Yao et al. 2023, arXiv:2303.08302).
+class Plus final : public Weight {
+ public:
+  Plus(std::shared_ptr<const Weight> base, std::shared_ptr<const LowRank> extra);
+  size_t nbytes() const override { return base_->nbytes() + extra_->nbytes(); }
+  size_t scratch(int m) const override;
+  void apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const override;
+  void row(int r, float* out) const override;
+
+ private:
+  const std::shared_ptr<const Weight> base_;
+  const std::shared_ptr<const LowRank> extra_;
+};
+
+}  // namespace trimtab
