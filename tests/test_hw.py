@@ -20,7 +20,7 @@ from kernel_variants import variants
 from trimtab import peers
 from trimtab.core.device import Device, Heads, Kernel, Product, Work
 from trimtab.core.errors import UserError
-from trimtab.core.level import Dense, Depth, parse_level
+from trimtab.core.level import Dense, Depth, Level, parse_level
 from trimtab.core.modelmap import ModelMap, trace
 from trimtab.core.table import Row
 from trimtab.engine.pricing import forecast, seconds_of_rows, slower_here, work_of
@@ -128,7 +128,6 @@ def test_bandwidth_and_spill_run_between_what_was_measured() -> None:
 def of_this_machine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Device:
     """A profile that says it is of this machine, and a cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    profile.here.cache_clear()
     return device(name=profile.machine_name(), cores=profile.cores(), variant=profile.variant(), threads=1)
 
 
@@ -154,12 +153,28 @@ def test_a_machine_without_a_profile_is_measured_once(
 ) -> None:
     one = of_this_machine(monkeypatch, tmp_path)
     calls = []
-    monkeypatch.setattr(profile, "measure", lambda threads: calls.append(threads) or one)
-    assert profile.here(1) == profile.here(1) == one and calls == [1]
-    assert "measuring" in capsys.readouterr().err
-    profile.here.cache_clear()
-    assert profile.here(1) == one and calls == [1], "the second time it is read"
-    profile.here.cache_clear()
+    monkeypatch.setattr(profile, "measure", lambda threads, **how: calls.append((threads, how)) or one)
+    assert profile.here(1) == one and calls == [(1, {"quick": True, "levels": ()})]
+    assert "no profile yet" in capsys.readouterr().err
+    assert profile.here(1) == one and len(calls) == 1, "the second time it is read"
+    assert capsys.readouterr().err == ""
+
+
+def test_levels_that_a_kept_profile_lacks_are_measured_and_added(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    profile.save(of_this_machine(monkeypatch, tmp_path))
+    asked = []
+
+    def linear(device: Device, level: Level, quick: bool) -> list[Kernel]:
+        asked.append(str(level))
+        return [Kernel("linear", str(level), 1, "vnni", 0.0, 0.0, 1.0, 1.0)]
+
+    monkeypatch.setattr(profile, "linear", linear)
+    monkeypatch.setattr(profile, "runs_here", lambda level: str(level) != "vq/d4/k256")
+    found = profile.here(1, ("4b/g64", "8b/row", "vq/d4/k256"))
+    assert asked == ["8b/row"], "one was there, and one is run unpacked"
+    assert found.kernel("linear", "8b/row") and profile.kept(1) == found
 
 
 @pytest.mark.slow

@@ -44,18 +44,13 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    if info.exists():
-        cpu = next(
-            (x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu
-        )
-    kb = int(memory.read_text().split()[1]) if memory.exists() else 0
+    from trimtab.kernels.profile import machine_name, memory_bytes
+
     return {
-        "cpu": cpu,
+        "cpu": machine_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": kb * 1024,
+        "memory_bytes": memory_bytes(),
         "system": platform.system(),
     }
 

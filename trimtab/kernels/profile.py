@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,21 +128,24 @@ def measure(
             out: it is unpacked to fp32, which is always measured.
         progress: told what is being done.
     """
-    threads = threads or cores()
-    tell = progress or (lambda what, done, total: None)
-    with threads_set(threads):
+    with threads_set(threads or cores()):
         device = limits(quick)
         device = replace(device, spill=spilled(device, quick))
+        device = replace(device, kernels=(*attention(device), *passes(device, quick), step(device)))
         texts = tuple(levels) if levels is not None else QUICK_LEVELS if quick else LEVELS
-        texts = tuple(t for t in dict.fromkeys(("fp32", *texts)) if runs_here(parse_level(t)))
-        rows: list[Kernel] = []
-        for i, text in enumerate(texts):
-            tell("measuring", i, len(texts) + 1)
-            rows += linear(device, parse_level(text), quick)
-        tell("measuring", len(texts), len(texts) + 1)
-        rows += [*attention(device), *passes(device, quick), step(device)]
-        tell("measuring", len(texts) + 1, len(texts) + 1)
-        return replace(device, kernels=tuple(rows))
+        return with_levels(device, ("fp32", *texts), quick, progress)
+
+
+def with_levels(device: Device, levels: Iterable[str], quick: bool, progress: Progress | None = None) -> Device:
+    """The profile with the levels that it lacks and that a kernel runs here, measured with the threads that are set."""
+    tell = progress or (lambda what, done, total: None)
+    lacking = [t for t in dict.fromkeys(levels) if not device.kernel("linear", t) and runs_here(parse_level(t))]
+    rows = list(device.kernels)
+    for i, text in enumerate(lacking):
+        tell("measuring", i, len(lacking))
+        rows += linear(device, parse_level(text), quick)
+        tell("measuring", i + 1, len(lacking))
+    return replace(device, kernels=tuple(rows))
 
 
 @contextmanager
@@ -395,12 +397,23 @@ def kept(threads: int | None = None) -> Device | None:
     return device
 
 
-@cache
-def here(threads: int | None = None) -> Device:
-    """The profile of this machine: the one that is kept, else measured now and kept."""
-    device = kept(threads)
-    if device is None:
-        print("measuring this machine once, about half a minute; `trimtab bench` shows it", file=sys.stderr)
-        device = measure(threads)
+def here(threads: int | None = None, levels: Iterable[str] = ()) -> Device:
+    """The profile of this machine that is kept, with these levels; what it lacks is measured quickly, said, and kept.
+
+    Args:
+        threads: by default as many as there are cores.
+        levels: texts of levels; those that no kernel runs here are priced unpacked, and need no measuring.
+    """
+    found, wanted = kept(threads), tuple(levels)
+    if found is None:
+        print(
+            "this machine has no profile yet: measuring one, some seconds; `trimtab bench` takes a better one",
+            file=sys.stderr,
+        )
+        device = measure(threads, quick=True, levels=wanted)
+    else:
+        with threads_set(found.threads):
+            device = with_levels(found, wanted, quick=True)
+    if device != found:
         save(device)
     return device
