@@ -13,10 +13,11 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trimtab.core.budget import say_bytes
@@ -245,24 +246,23 @@ class Evidence:
         uniform, front = self.compare(rows, drops, fixed, limit, candidate, original)
         if uniform is not None and uniform[1] < self.points["fitted"]["damage"]:
             candidate = uniform[0]
-        return self.finish(candidate, uniform[0] if uniform else None, fixed, began, front, rows)
+        return self.finish(candidate, uniform[0] if uniform else None, fixed, began, front, rows, drops)
 
     def choose(self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores) -> tuple[Candidate, float]:
         """The fitted candidate and the limit on its units' bytes."""
         job, budget = self.job, self.job.request.budget
         if not budget.limits():
             raise UserError("a fit needs a budget: give at least one of --size, --memory, --latency, --quality")
-        must = job.drops_for_latency(drops) if budget.latency is not None else ()
         if budget.size is None and budget.memory is None and budget.quality is not None:
-            return self.smallest(rows, drops, fixed, original, must)
+            return self.smallest(rows, drops, fixed, original)
         limit = job.byte_limit(fixed, rows)
-        candidate = job.best_for(rows, drops, limit, must)
+        candidate = job.best_for(rows, drops, limit)
         _, scores, size = self.tried(candidate, "fitted", fixed)
         self.points["fitted"] = self.point("fitted", size, scores, original, "search", plan=candidate.plan)
         return candidate, limit
 
     def smallest(
-        self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores, must: tuple[str, ...]
+        self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores
     ) -> tuple[Candidate, float]:
         """The smallest candidate whose interval on the search data keeps the asked share of the metric, by bisection
         over its bytes.
@@ -280,7 +280,13 @@ class Evidence:
         kept: tuple[Candidate, float, dict[str, Any]] | None = None
         for turn in range(BISECTIONS):
             limit = high if turn == 0 else (low * high) ** 0.5
-            candidate = job.best_for(rows, drops, limit, must)
+            try:
+                candidate = job.best_for(rows, drops, limit)
+            except BudgetError:  # so few bytes are not to be had in the time
+                if turn == 0:
+                    raise
+                low = limit
+                continue
             _, scores, size = self.tried(candidate, f"bisect-{turn}", fixed)
             point = self.point("fitted", size, scores, original, "search", plan=candidate.plan)
             worst = base + point["difference"][0 if job.task.higher else 1]
@@ -332,11 +338,12 @@ class Evidence:
         began: float,
         front: list[dict[str, Any]],
         rows: list[Row] | None = None,
+        drops: Mapping[str, float] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Apply the chosen candidate, tighten until its artifact fits, verify it, judge it on the test data, report."""
         job, budget, folder = self.job, self.job.request.budget, self.job.out / "artifact"
         gate: dict[str, Any] = {}
-        size = 0
+        size, late, haste = 0, 0.0, 1.0
         for turn in range(TIGHTENINGS):
             name = f"result-{turn}"
             applied = job.timed("applying", partial(job.apply, candidate, name))
@@ -349,10 +356,13 @@ class Evidence:
                 check = partial(self.gate, applied, folder)
                 gate = self.journal.step(f"{name}/gate", partial(job.timed, "verifying", check))
                 over = max(0, gate["peak_bytes"] - budget.memory) if budget.memory is not None else 0
-            if not over or rows is None or candidate.name != "fitted":
+                late = gate["seconds"] / budget.latency if budget.latency is not None else 0.0
+            if not (over or late > 1) or rows is None or candidate.name != "fitted":
                 break
+            haste /= max(1.0, late)
+            limit = job.byte_limit(fixed, rows) - (turn + 1) * over
             try:
-                candidate = job.best_for(rows, {}, job.byte_limit(fixed, rows) - (turn + 1) * over, candidate.dropped)
+                candidate = job.best_for(rows, drops, limit, candidate.dropped, haste)
             except BudgetError:
                 break
         if budget.size is not None and size > budget.size:
@@ -387,6 +397,7 @@ class Evidence:
             },
             **{
                 "gate": gate,
+                "forecast": self.forecast(candidate, rows),
                 "sites": sites,
                 "machine": machine(),
                 "versions": versions(),
@@ -441,6 +452,18 @@ class Evidence:
                 f"memory {say_bytes(budget.memory)} was asked for, and {say_bytes(gate['peak_bytes'])} was measured"
             )
         return found
+
+    def forecast(self, candidate: Candidate, rows: list[Row] | None) -> dict[str, Any] | None:
+        """What the search knew of seconds: those of the result, and the choices left out as slower than the original;
+        None where the latency was not limited.
+        """
+        job = self.job
+        if job.request.budget.latency is None or not candidate.rows:
+            return None
+        seconds = sum(r.seconds for r in candidate.rows.values()) + job.pace.beside(rows or [], candidate.dropped)
+        kept = {c for u in job.units for c in u.choices}
+        slower = sorted({c for u in job.offered for c in u.choices} - kept)
+        return {"seconds": seconds, "how": job.pace.said, "slower_here": slower}
 
     def site_rows(self, candidate: Candidate, applied: Applied) -> list[dict[str, Any]]:
         """One row for each site: its level, bytes and damage, for the report's heat map."""

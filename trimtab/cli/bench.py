@@ -69,6 +69,8 @@ def _print(device: Device) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from trimtab.kernels.profile import BUSY
+
     console = Console()
     console.print(f"{device.name}, {device.threads} of {device.cores} cores, {device.variant} kernels")
     limits = Table("limit", "measured", title="What the machine can do")
@@ -85,6 +87,10 @@ def _print(device: Device) -> None:
         if kernel.op in ("linear", "attention"):
             shares.add_row(*_shares(device, kernel))
     console.print(shares)
+    if device.noise > BUSY:
+        console.print(
+            f"the machine was busy: calls took {device.noise:.1f} times their fastest; measure it again later"
+        )
 
 
 def _shares(device: Device, kernel: Kernel) -> tuple[str, ...]:

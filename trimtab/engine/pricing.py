@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trimtab.core.site import Site
     from trimtab.engine.probe import Unit
 
-MARGIN = 0.02  # of the original's seconds: less than that is no difference
+MARGIN = 0.1  # of the original's seconds: less than that is within the error of a profile
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,9 @@ class Runtime:
         packed: parameter name -> reader of the packed weight, for those that an artifact stores packed.
         share: the module's own weights give way to those of the kernels, so that they are in memory once.
         plain: run on torch even where there are kernels.
+
+    Attributes:
+        unknown: what the model has that no program expresses, where it runs on torch.
     """
 
     def __init__(
@@ -189,6 +192,7 @@ class Runtime:
     ) -> None:
         self.model, self.share = model, share
         self.kernels = None if plain else native()
+        self.unknown = "" if self.kernels is not None else "no compiled kernels to run on"
         found = map_of(model)
         self.weights = Weights(self.kernels, model, found, packed or {})
         self.form: Form | None = None
@@ -229,8 +233,15 @@ class Runtime:
         sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
         return Session(*compile_form(self.form, self.weights, **sizes, cache=cache))
 
+    @property
+    def engine(self) -> str:
+        """What runs its sessions: the kernels and their threads, or torch and its."""
+        if self.form is None or self.kernels is None:
+            return f"torch, {torch.get_num_threads()} threads"
+        return f"{self.kernels.__name__.rpartition('_')[2]} kernels, {self.kernels.threads()} threads"
+
     def _refuse(self, unknown: Unknown) -> None:
-        self.form = None
+        self.form, self.unknown = None, str(unknown)
         print(f"no program was made for this model, so it runs on torch, slower: it has {unknown}", file=sys.stderr)
 
 

@@ -101,12 +101,21 @@ def print_preview(found: dict[str, Any]) -> None:
     console = Console()
     original, least = say_bytes(found["original_bytes"]), say_bytes(found["smallest_bytes"])
     console.print(f"[bold]{found['model']}[/] ({found['task']}): {original}, smallest plan {least}", highlight=False)
+    speed = found["speed"] or {"units": {}}
     table = Table(box=None, header_style="bold")
-    for column in ("unit", "role", "weights", "choices"):
+    for column in ("unit", "role", "weights", "choices" + (", microseconds here" if speed["units"] else "")):
         table.add_column(column)
     for unit in found["units"]:
-        table.add_row(unit["name"], unit["role"], f"{unit['weights']:,}", ", ".join(unit["choices"]))
+        offers = speed["units"].get(unit["name"], {})
+        said = [f"{c} {1e6 * offers[c]:.0f}" if c in offers else c for c in unit["choices"]]
+        table.add_row(unit["name"], unit["role"], f"{unit['weights']:,}", ", ".join(said))
     console.print(table, highlight=False)
+    if "original" in speed:
+        console.print(
+            f"an item takes the original {1e3 * speed['original']:.3g} ms here, and at the fastest choices "
+            f"{1e3 * speed['fastest']:.3g} ms ({speed['how']})",
+            highlight=False,
+        )
     console.print(
         f"{found['probes']} probes, about {found['seconds']:.0f} s here; {found['feasible']}", highlight=False
     )
