@@ -100,6 +100,16 @@ def test_metrics_are_those_of_the_artifact_loaded_again(run: Run, text: Path, ti
     )
 
 
+def test_the_compiled_program_is_scored_beside_exact_arithmetic(run: Run) -> None:
+    """With its inputs of 8 bits it gives nearly the same, but not the same."""
+    exact, point = run.report["best"], run.report["compiled"]
+    assert point["split"] == "test" and "kernels, 1 threads" in point["engine"] and point["reason"] is None
+    assert point["value"] == pytest.approx(exact["value"], rel=0.05) and point["value"] != exact["value"]
+    low, high = point["to_exact"]
+    assert low <= point["value"] - exact["value"] <= high
+    assert not list(run.folder.glob("*.safetensors"))
+
+
 def test_plan_text_round_trips_and_is_what_the_artifact_holds(run: Run) -> None:
     plan = Plan.parse(run.report["plan"])
     assert str(plan) == run.report["plan"]

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,25 @@ def scores_from_json(stored: dict[str, list[float]]) -> Scores:
     from trimtab.tasks.base import Scores
 
     return Scores(*(torch.tensor(stored[k], dtype=torch.float64) for k in ("nll", "hits", "count", "kl")))
+
+
+def in_new_process(check: str, folder: Path, probe: Path, options: Sequence[str] = ()) -> dict[str, Any]:
+    """What `trimtab.models.<check>` prints of an artifact and of the tensors in a file, which is then removed.
+
+    Raises:
+        UserError: the process failed.
+    """
+    import torch
+
+    command = [sys.executable, "-m", f"trimtab.models.{check}", str(folder), str(probe), *options]
+    done = subprocess.run([*command, "--threads", str(torch.get_num_threads())], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(
+            "the artifact does not load in a fresh process, so it is not handed over: "
+            f"{done.stderr.strip().splitlines()[-1:] or 'killed'}"
+        )
+    probe.unlink()
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def stored_tensors(job: Job, applied: Applied) -> Iterator[tuple[str, Tensor | Packed]]:
@@ -176,8 +195,6 @@ class Evidence:
         Raises:
             UserError: they differ by more than the gate allows: the artifact is not handed over.
         """
-        import torch
-
         from trimtab.engine.measure import through
         from trimtab.engine.run import main_output
         from trimtab.formats.checkpoint import write_safetensors
@@ -195,28 +212,10 @@ class Evidence:
             for k, v in items.items()
         }
         write_safetensors({**stored, "output": ours.float().contiguous()}, probe)
-        command = [
-            sys.executable,
-            "-m",
-            "trimtab.models.fresh",
-            str(folder),
-            str(probe),
-            "--context",
-            str(job.request.context),
-            "--batch",
-            str(job.request.batch),
-        ]
-        command += ["--packed"] if job.request.budget.memory else []
-        if job.source.folder is None:
-            command += ["--model", job.source.name]
-        done = subprocess.run([*command, "--threads", str(torch.get_num_threads())], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(
-                "the artifact does not load in a fresh process, so it is not handed over: "
-                f"{done.stderr.strip().splitlines()[-1:] or 'killed'}"
-            )
-        result = json.loads(done.stdout.splitlines()[-1])
-        probe.unlink()
+        options = ["--context", str(job.request.context), "--batch", str(job.request.batch)]
+        options += ["--packed"] if job.request.budget.memory else []
+        options += ["--model", job.source.name] if job.source.folder is None else []
+        result = in_new_process("fresh", folder, probe, options)
         worst = max(result["prefill"], result.get("decode", 0.0))
         if not worst <= GATE:
             raise UserError(
@@ -224,6 +223,32 @@ class Evidence:
                 f"allowed {GATE:g}); the artifact is not handed over"
             )
         return result
+
+    def compiled(self, folder: Path, size: int, exact: Scores, original: Scores) -> dict[str, Any]:
+        """The result's point as `trimtab run` runs it, in the compiled program with inputs of 8 bits; where no program
+        runs it, the `reason`.
+
+        Args:
+            exact: scores of the result in exact arithmetic; `to_exact` is the interval of the paired difference.
+        """
+        from trimtab.formats.checkpoint import write_safetensors
+        from trimtab.tasks.base import bootstrap
+
+        job, items, batch = self.job, folder.with_name("items.safetensors"), self.job.batch("test")
+        if job.task.name != "causal-lm":
+            return {"reason": "only causal language models run as a compiled program"}
+
+        def score() -> dict[str, Any]:
+            write_safetensors({**batch.inputs, "labels": batch.labels.contiguous()}, items)
+            return job.timed("measuring", lambda: in_new_process("compiled", folder, items))
+
+        found = self.journal.step("scores/compiled/test", score)
+        if "reason" in found:
+            return found
+        ours = scores_from_json(found["scores"])
+        _, _, to_exact = bootstrap(job.task, ours, exact, batch.amounts)
+        more = {"to_exact": list(to_exact), "engine": found["engine"], "reason": None}
+        return self.point("compiled", size, ours, original, "test", **more)
 
     # ---- the run
 
@@ -377,6 +402,7 @@ class Evidence:
             **{"model": job.source.name, "task": job.task.name, "budget": budget.limits(), "best": best},
             "original": self.point("original", job.source.bytes, original, original, "test"),
             "uniform": None,
+            "compiled": self.compiled(folder, size, ours, original),
         }
         verdicts = []
         if uniform is not None:

@@ -192,7 +192,7 @@ class Runtime:
     ) -> None:
         self.model, self.share = model, share
         self.kernels = None if plain else native()
-        self.unknown = "" if self.kernels is not None else "no compiled kernels to run on"
+        self.unknown = "no compiled kernels" if self.kernels is None else ""
         found = map_of(model)
         self.weights = Weights(self.kernels, model, found, packed or {})
         self.form: Form | None = None

@@ -71,10 +71,32 @@ def print_report(report: dict[str, Any], sites: bool = False) -> None:
         f"largest{decode})",
         highlight=False,
     )
+    if (run := report.get("compiled") or {}).get("to_exact"):
+        low, high = run["to_exact"]
+        console.print(
+            f"as run:   {run['metric']} {run['value']:.4g} on {run['engine']}, with inputs of 8 bits where weights are "
+            f"integers ({low:+.3g} to {high:+.3g} beside exact arithmetic, 95 % paired)",
+            highlight=False,
+        )
+    elif run.get("reason") and report["task"] == "causal-lm":
+        console.print(f"as run:   on torch; {run['reason']}", highlight=False)
+    if said := _latency(report):
+        console.print(f"latency:  {said}", highlight=False)
     console.print(
         f"took:     {report['seconds']:.0f} s, peak memory {say_bytes(report['peak_bytes'])}", highlight=False
     )
     console.print(f"artifact: {report['artifact']}", highlight=False)
+
+
+def _latency(report: dict[str, Any]) -> str:
+    """What an item takes where that was limited, beside what was predicted; else nothing."""
+    forecast, gate = report.get("forecast"), report["gate"]
+    if not forecast:
+        return ""
+    said = f"{1e3 * gate['seconds']:.3g} ms an item on {gate['engine']}; {1e3 * forecast['seconds']:.3g} ms "
+    said += "were predicted" if forecast["how"] == "predicted" else "before, whatever the plan"
+    slower = ", ".join(forecast["slower_here"])
+    return said + (f"; left out as slower here than the original: {slower}" if slower else "")
 
 
 def _limit(name: str, value: float) -> str:
