@@ -97,6 +97,16 @@ def test_a_row_that_the_model_describes_is_found_again(
         assert row.fixed + row.edge * p.edges + p.roof / row.near == pytest.approx(p.best, rel=0.05)
 
 
+def test_what_waited_for_a_core_is_measured_again() -> None:
+    seen = iter((2e-3, 1e-3, 1e-6, 1e-7))
+
+    def measure() -> list[Kernel]:
+        return [Kernel("linear", "fp32", 1, "vnni", next(seen), 0.0, 1.0, 1.0)]
+
+    assert profile.waits(profile.patient(measure)) == 1e-6
+    assert profile.waits(profile.patient(measure)) == 1e-7
+
+
 # ---- the profile that is kept
 
 
@@ -301,6 +311,6 @@ def test_linears_beside_torch() -> None:
 
 
 def test_an_artifact_beside_torch(run: Any) -> None:
-    ours, theirs, ratio = peers.models(run.artifact, "torch", tokens=8, turns=1)
+    ours, theirs, ratio = peers.models(run.artifact, "torch", 1, tokens=8, turns=1)
     assert (ours["what"], theirs["what"], ratio["what"]) == ("trimtab", "torch", "ratio")
     assert ratio["tokens_per_second"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])

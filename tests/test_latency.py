@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from battery import device
-from conftest import Run, fitted, tree
+from conftest import SMALL, Run, Said, fitted, tree
 
 from trimtab import pace
 from trimtab.core.device import Device, Kernel
@@ -114,3 +115,18 @@ def test_predictions_add_up_to_the_forecast_of_the_original(machine: Device) -> 
     whole = forecast(found, {}, machine, dtype="bf16", prompt=64).prefill.mid
     assert pace.original() == whole > pace.beside(rows) > 0
     assert pace.left(rows) == pytest.approx(LEAVE - pace.beside(rows))
+
+
+def test_a_plan_says_what_each_choice_costs_here(
+    cli: Callable[..., Said], tiny: Path, text: Path, machine: Device
+) -> None:
+    line = ("plan", tiny, "--data", text, *SMALL, "--latency", "5s")
+    said = cli(*line, "--json").json()
+    speed = said["speed"]
+    assert speed["how"] == "predicted" and 0 < speed["fastest"] < speed["original"]
+    unit = next(u for u in said["units"] if u["role"] == "down")
+    offers = speed["units"][unit["name"]]
+    assert offers[f"gptq@{SLOW}"] > offers["bf16"] > offers["gptq@4b/g32"] > 0
+    assert f"gptq@{SLOW}" not in unit["choices"] and "gptq@4b/g32" in unit["choices"]
+    read = cli(*line)
+    assert "microseconds here" in read.out.replace("\n", " ") and "ms (predicted)" in " ".join(read.out.split())

@@ -368,7 +368,7 @@ class Evidence:
         """Apply the chosen candidate, tighten until its artifact fits, verify it, judge it on the test data, report."""
         job, budget, folder = self.job, self.job.request.budget, self.job.out / "artifact"
         gate: dict[str, Any] = {}
-        size, late, haste = 0, 0.0, 1.0
+        size, haste = 0, 1.0
         for turn in range(TIGHTENINGS):
             name = f"result-{turn}"
             applied = job.timed("applying", partial(job.apply, candidate, name))
@@ -376,13 +376,14 @@ class Evidence:
             size = self.journal.step(f"{name}/artifact", partial(job.timed, "writing", write))
             if not folder.exists():
                 write()
-            over = max(0, size - budget.size) if budget.size is not None else 0
+            over, late = max(0, size - budget.size) if budget.size is not None else 0, 0.0
             if not over:
                 check = partial(self.gate, applied, folder)
                 gate = self.journal.step(f"{name}/gate", partial(job.timed, "verifying", check))
                 over = max(0, gate["peak_bytes"] - budget.memory) if budget.memory is not None else 0
                 late = gate["seconds"] / budget.latency if budget.latency is not None else 0.0
-            if not (over or late > 1) or rows is None or candidate.name != "fitted":
+            done = turn == TIGHTENINGS - 1 or not (over or late > 1)
+            if done or rows is None or candidate.name != "fitted":
                 break
             haste /= max(1.0, late)
             limit = job.byte_limit(fixed, rows) - (turn + 1) * over

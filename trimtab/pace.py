@@ -112,7 +112,7 @@ class Predicted(Pace):
 
 @dataclass(frozen=True)
 class Measured(Pace):
-    """Of a model that torch runs with its weights unpacked: no level changes how long that takes."""
+    """Of a model that torch runs: by the clock; levels are taken to change nothing."""
 
     clock: Callable[[Sequence[str]], float]
 

@@ -103,23 +103,25 @@ def _dynamic(linear: Any) -> Any:
         return torch.ao.quantization.quantize_dynamic(whole, {torch.nn.Linear}, dtype=torch.qint8)
 
 
-def models(artifact: str | Path, peer: str, tokens: int = 64, turns: int = 3) -> list[dict[str, Any]]:
+def models(artifact: str | Path, peer: str, threads: int, tokens: int = 64, turns: int = 3) -> list[dict[str, Any]]:
     """An artifact written with by us and by a peer: seconds to the first token, and tokens a second after it.
 
     torch runs the artifact's weights unpacked, in bf16; llama.cpp runs the artifact's GGUF export.
     """
+    from trimtab.kernels.profile import threads_set
     from trimtab.loading import load
 
     ours = load(artifact)
-    theirs = {"torch": _torch, "llama.cpp": _llama}[peer](artifact, ours)
+    theirs = {"torch": _torch, "llama.cpp": _llama}[peer](artifact, ours, threads)
     best: dict[str, dict[str, float]] = {}
     writers = {"trimtab": lambda: _stamps(ours.stream(PROMPT, tokens)), peer: lambda: theirs(tokens)}
-    for _ in range(turns):
-        for name, write in writers.items():
-            first, rate = write()
-            seen = best.setdefault(name, {"first_seconds": first, "tokens_per_second": rate})
-            seen["first_seconds"] = min(seen["first_seconds"], first)
-            seen["tokens_per_second"] = max(seen["tokens_per_second"], rate)
+    with threads_set(threads):
+        for _ in range(turns):
+            for name, write in writers.items():
+                first, rate = write()
+                seen = best.setdefault(name, {"first_seconds": first, "tokens_per_second": rate})
+                seen["first_seconds"] = min(seen["first_seconds"], first)
+                seen["tokens_per_second"] = max(seen["tokens_per_second"], rate)
     ratio = best["trimtab"]["tokens_per_second"] / best[peer]["tokens_per_second"]
     sooner = best[peer]["first_seconds"] / best["trimtab"]["first_seconds"]
     return [{"what": n, **row} for n, row in best.items()] + [
@@ -136,7 +138,7 @@ def _stamps(pieces: Any) -> tuple[float, float]:
     return stamps[1] - stamps[0], (len(stamps) - 2) / (stamps[-1] - stamps[1])
 
 
-def _torch(artifact: str | Path, ours: Any) -> Callable[[int], tuple[float, float]]:
+def _torch(artifact: str | Path, ours: Any, threads: int) -> Callable[[int], tuple[float, float]]:
     import torch
 
     from trimtab.loading import load
@@ -156,7 +158,7 @@ def _torch(artifact: str | Path, ours: Any) -> Callable[[int], tuple[float, floa
     return lambda tokens: _stamps(pieces(tokens))
 
 
-def _llama(artifact: str | Path, ours: Any) -> Callable[[int], tuple[float, float]]:
+def _llama(artifact: str | Path, ours: Any, threads: int) -> Callable[[int], tuple[float, float]]:
     llama_cpp = importlib.import_module("llama_cpp")  # no dependency of ours: who compares with it has it
 
     from trimtab.exporting import export
@@ -164,5 +166,11 @@ def _llama(artifact: str | Path, ours: Any) -> Callable[[int], tuple[float, floa
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         export(artifact, "gguf", path)
-        model = llama_cpp.Llama(str(path), n_ctx=1024, verbose=False)
-    return lambda tokens: _stamps(model.create_completion(PROMPT, max_tokens=tokens, temperature=0.0, stream=True))
+        model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def write(tokens: int) -> tuple[float, float]:
+        model.reset()  # else it would know the prompt of the turn before
+        parts = model.create_completion(PROMPT, max_tokens=tokens, temperature=0.0, stream=True)
+        return _stamps(part for part in parts if part["choices"][0]["text"])
+
+    return write

@@ -46,7 +46,7 @@ def _against(peer: str, artifact: str | None, threads: int, json: bool) -> None:
     from trimtab import peers
 
     peers.check(peer, artifact)
-    rows = peers.linears(threads) if artifact is None else peers.models(artifact, peer)
+    rows = peers.linears(threads) if artifact is None else peers.models(artifact, peer, threads)
     if json:
         o.print_json(rows)
         return
@@ -69,7 +69,7 @@ def _print(device: Device) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from trimtab.kernels.profile import BUSY
+    from trimtab.kernels.profile import BUSY, waits
 
     console = Console()
     console.print(f"{device.name}, {device.threads} of {device.cores} cores, {device.variant} kernels")
@@ -87,10 +87,8 @@ def _print(device: Device) -> None:
         if kernel.op in ("linear", "attention"):
             shares.add_row(*_shares(device, kernel))
     console.print(shares)
-    if device.noise > BUSY:
-        console.print(
-            f"the machine was busy: calls took {device.noise:.1f} times their fastest; measure it again later"
-        )
+    if waits(device.kernels) > BUSY:
+        console.print("other work had the cores while this machine was measured: measure it again")
 
 
 def _shares(device: Device, kernel: Kernel) -> tuple[str, ...]:

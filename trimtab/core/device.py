@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import log
-from statistics import median
 from typing import Any
 
 from trimtab.core.errors import UserError
@@ -180,11 +179,6 @@ class Device:
     def from_memory(self) -> float:
         """Bytes a second read from memory: of the largest set."""
         return self.bandwidth[-1][1]
-
-    @property
-    def noise(self) -> float:
-        """Median to fastest seconds of a call while it was measured: 1 on a quiet machine."""
-        return median(k.noise for k in self.kernels) if self.kernels else 1.0
 
     def reads(self, set_bytes: float) -> float:
         """Bytes a second that a set of this size is read with, again and again; in between, by the logarithm of its

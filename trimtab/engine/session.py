@@ -180,7 +180,7 @@ class Runtime:
         plain: run on torch even where there are kernels.
 
     Attributes:
-        unknown: what the model has that no program expresses, where it runs on torch.
+        reason: why the model runs on torch; empty where a program runs it.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Runtime:
     ) -> None:
         self.model, self.share = model, share
         self.kernels = None if plain else native()
-        self.unknown = "no compiled kernels" if self.kernels is None else ""
+        self.reason = "there are no compiled kernels" if self.kernels is None else ""
         found = map_of(model)
         self.weights = Weights(self.kernels, model, found, packed or {})
         self.form: Form | None = None
@@ -241,8 +241,8 @@ class Runtime:
         return f"{self.kernels.__name__.rpartition('_')[2]} kernels, {self.kernels.threads()} threads"
 
     def _refuse(self, unknown: Unknown) -> None:
-        self.form, self.unknown = None, str(unknown)
-        print(f"no program was made for this model, so it runs on torch, slower: it has {unknown}", file=sys.stderr)
+        self.form, self.reason = None, f"it has {unknown}"
+        print(f"no program was made for this model, so it runs on torch, slower: {self.reason}", file=sys.stderr)
 
 
 def map_of(model: nn.Module) -> ModelMap:

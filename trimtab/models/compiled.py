@@ -46,7 +46,7 @@ def scored(artifact: Path, items: Path) -> dict[str, Any]:
     runtime = Runtime(loaded.model, loaded.packed, share=True)
     writer = runtime.open(tokens.shape[1])
     if not isinstance(writer, Session):
-        return {"reason": f"no program runs this model here: it has {runtime.unknown}"}
+        return {"reason": f"no program runs this model here: {runtime.reason}"}
     return {"scores": scores_to_json(scores(writer, tokens, labels)), "engine": runtime.engine}
 
 
