@@ -16,6 +16,8 @@ from trimtab import pace
 from trimtab.core.device import Device, Kernel
 from trimtab.core.errors import BudgetError
 from trimtab.core.table import Row
+from trimtab.evidence import Evidence
+from trimtab.job import Job
 from trimtab.kernels import profile
 from trimtab.pace import LEAVE, Measured, Predicted
 
@@ -77,6 +79,21 @@ def test_what_no_plan_reaches_is_refused_with_the_least(
     monkeypatch.setattr(pace, "compiles", lambda job: False)
     with pytest.raises(BudgetError, match="is the least measured here"):
         fitted(tiny, tmp_path / "measured", **options)
+
+
+def test_a_result_that_is_late_is_planned_again_with_less_time_but_not_with_next_to_none(
+    tiny: Path, text: Path, tmp_path: Path, machine: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine whose other work makes everything a hundred times slower: no sublayer is dropped for that."""
+    gate = Evidence.gate
+    monkeypatch.setattr(Evidence, "gate", lambda self, *of: {**gate(self, *of), "seconds": 500.0})
+    asked = []
+    best_for = Job.best_for
+    monkeypatch.setattr(Job, "best_for", lambda self, *of: asked.append(of[4:]) or best_for(self, *of))
+    found = fitted(tiny, tmp_path / "run", data=str(text), size=620_000, latency="5s").report
+    assert asked[-3:] == [(0.5,)] * 3
+    assert not found["met"] and "latency 5e+03 ms was asked for, and 5e+05 ms was measured" in found["verdict"]
+    assert "drop" not in found["plan"]
 
 
 # ---- without a run

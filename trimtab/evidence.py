@@ -37,6 +37,7 @@ TIGHTENINGS = 4
 GATE = 1e-3  # largest difference, as a share of the largest logit, between the fresh process and the model in memory
 GATE_ITEMS, GATE_TOKENS = 2, 24
 BISECTIONS = 9
+HASTE = 0.5  # least share of a latency to plan for: predictions are not that far off, but a busy machine can seem so
 
 
 def machine() -> dict[str, Any]:
@@ -385,7 +386,7 @@ class Evidence:
             done = turn == TIGHTENINGS - 1 or not (over or late > 1)
             if done or rows is None or candidate.name != "fitted":
                 break
-            haste /= max(1.0, late)
+            haste = max(HASTE, haste / max(1.0, late))
             limit = job.byte_limit(fixed, rows) - (turn + 1) * over
             try:
                 candidate = job.best_for(rows, drops, limit, candidate.dropped, haste)

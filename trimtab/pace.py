@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from trimtab.job import Job
 
 LEAVE = 0.97  # share of the latency that a plan may fill
-REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def pace_of(job: Job, levels: Iterable[str]) -> Pace:
 
 def clock_of(job: Job) -> Callable[[Sequence[str]], float]:
     """Seconds of one item in torch with some sublayers left out, committed."""
-    from trimtab.engine.run import seconds_of
+    from trimtab.engine.run import quiet_seconds_of
 
     inputs = job.batch("search").take(0, 1).inputs
 
@@ -181,7 +180,7 @@ def clock_of(job: Job) -> Callable[[Sequence[str]], float]:
 
     def measure(dropped: Sequence[str]) -> float:
         with whole().swapped(dict.fromkeys(dropped)):
-            return seconds_of(lambda: whole().once(inputs), REPEATS)
+            return quiet_seconds_of(lambda: whole().once(inputs))
 
     def committed(dropped: Sequence[str]) -> float:
         return job.journal.step(f"seconds without {', '.join(dropped) or 'nothing'}", partial(measure, dropped))

@@ -100,7 +100,7 @@ def as_run(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the timed item, of text as `trimtab run` reads a prompt: until the next token is known."""
     import torch
 
-    from trimtab.engine.run import seconds_of
+    from trimtab.engine.run import quiet_seconds_of
     from trimtab.loading import load
     from trimtab.models.artifact import open_artifact
 
@@ -109,7 +109,7 @@ def as_run(args: argparse.Namespace) -> dict[str, Any]:
     loaded = load(args.artifact, model=args.model, packed=args.packed or writes)
     if not writes:
         with torch.no_grad():
-            return {"seconds": seconds_of(lambda: called(loaded.model, inputs)), "engine": loaded.engine}
+            return {"seconds": quiet_seconds_of(lambda: called(loaded.model, inputs)), "engine": loaded.engine}
     tokens = inputs["input_ids"][0].tolist()
     writer = loaded.writer(len(tokens))
 
@@ -117,7 +117,7 @@ def as_run(args: argparse.Namespace) -> dict[str, Any]:
         writer.forget(0)
         writer.extend(0, tokens)
 
-    return {"seconds": seconds_of(read), "engine": loaded.engine}
+    return {"seconds": quiet_seconds_of(read), "engine": loaded.engine}
 
 
 if __name__ == "__main__":
