@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 
 from trimtab.core.level import Int
-from trimtab.formats.packed import Packed, pack_int, store_scale
+from trimtab.kernels.bench import random_packed
 from trimtab.kernels.native import native
 from trimtab.kernels.weight import kernel_weight
 
@@ -39,16 +38,6 @@ RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "ke
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128, None)
 INPUTS = (1, 4, 8, 16, 32, 128, 512)
 BEYOND = 192 << 20  # bytes of weights that are taken in turn: beyond the last cache
-
-
-def random_packed(level: Int, rows: int, cols: int) -> Packed:
-    """A weight of random codes at a level."""
-    rng = torch.Generator().manual_seed(0)
-    groups = ceil(cols / (level.group or cols))
-    scale = store_scale(torch.full((rows, groups), 0.01), level.scale)[1]
-    codes = torch.randint(1 << level.bits, (rows, cols), generator=rng)
-    zero = None if level.symmetric else torch.randint(1 << level.bits, (rows, groups), generator=rng)
-    return pack_int(codes, scale, zero, level, (rows, cols))
 
 
 def best(turn: Callable[[], list[float]], seconds: float) -> float:

@@ -16,8 +16,9 @@ import torch
 from test_structure import ResNet, filled, gpt2, inputs, llama, run, vit
 from torch import Tensor, nn
 
+from trimtab.core.device import Device, Heads, Kernel, Product, Work
 from trimtab.core.level import NM, Codebook, Depth, Float, Int, Level, Plus, Rank, Sparse, Width
-from trimtab.core.method import Allocator, Card, Method, Rewriter, Scene, Solver, discover
+from trimtab.core.method import Allocator, Card, Method, Pricer, Rewriter, Scene, Solver, discover
 from trimtab.core.modelmap import ModelMap, trace
 from trimtab.core.site import Site
 from trimtab.core.table import Row
@@ -28,12 +29,14 @@ METHODS = discover()
 SOLVERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Solver)}
 REWRITERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Rewriter)}
 ALLOCATORS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Allocator)}
+PRICERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Pricer)}
 
 # what each verb may ask for by name: the contract of `trimtab.core.method`
 STATISTICS = {
     "solve": {"gram", "mean", "absmean", "rng"},
     "rewrite": {"gram", "mean", "absmean", "cosine"},
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
+    "price": set(),
 }
 
 
@@ -326,3 +329,29 @@ def subclasses(cls: type) -> Iterator[type]:
     for sub in cls.__subclasses__():
         yield sub
         yield from subclasses(sub)
+
+
+# ---- work and machines, for pricers
+
+
+def device(**changes: Any) -> Device:
+    """A machine with round numbers and a profile of two levels, attention and passes."""
+    levels, inputs = ("fp32", "4b/g64"), (1, 64)
+    rows = [Kernel("linear", t, m, "vnni", 1e-6, 1e-10, 0.5, 0.8, 0.0, 0.9, 1.2) for t in levels for m in inputs]
+    rows += [
+        Kernel("attention", "", 1, "vnni", 1e-6, 0.0, 0.5, 0.5),
+        Kernel("pass", "", 1, "vnni", 1e-7, 0.0, 0.2, 0.2),
+    ]
+    plain: dict[str, Any] = {
+        **{"name": "a processor", "cores": 2, "memory_bytes": 1 << 33, "threads": 2, "variant": "vnni"},
+        **{"caches": {"l1": 1 << 15, "l2": 1 << 20, "l3": 1 << 25}, "kernels": tuple(rows)},
+        **{"bandwidth": ((1 << 20, 4e11), (1 << 24, 2e11), (1 << 28, 4e10)), "spill": ((1 << 24, 0.0), (1 << 26, 1.0))},
+        "limits": {"int8": 2e12, "fp32": 5e11},
+    }
+    return Device(**{**plain, **changes})
+
+
+def work(level: Level, rows: int = 512, cols: int = 512, layers: int = 4, **changes: Any) -> Work:
+    """A forward of a few layers."""
+    products = tuple(Product(level, rows, cols) for _ in range(layers))
+    return Work(products, (Heads(8, 4, 64),) * layers, (cols,) * layers, **changes)

@@ -20,12 +20,14 @@ from battery import (
     EXAMPLES,
     METHODS,
     MODELS,
+    PRICERS,
     REWRITERS,
     SOLVERS,
     STATISTICS,
     Case,
     Traced,
     by_unit,
+    device,
     extreme,
     finer,
     other_values,
@@ -35,13 +37,15 @@ from battery import (
     subclasses,
     table,
     whole,
+    work,
 )
 from test_structure import rebuilt, run
 from torch import Tensor, nn
 
+from trimtab.core.device import Product, Work
 from trimtab.core.errors import BudgetError, UserError
-from trimtab.core.level import Depth, Level, Width, parse_level
-from trimtab.core.method import FAMILIES, VERBS, Allocator, Method, Rewriter, Solver, method
+from trimtab.core.level import Dense, Depth, Level, Width, parse_level
+from trimtab.core.method import FAMILIES, VERBS, Allocator, Method, Pricer, Rewriter, Solver, method
 from trimtab.core.plan import Plan, check
 from trimtab.core.site import Kind, Site
 from trimtab.core.table import Row
@@ -53,6 +57,7 @@ ENTRIES = 391  # rows of the catalogue of papers
 each_method = pytest.mark.parametrize("name", METHODS)
 each_rewriter = pytest.mark.parametrize("name", REWRITERS)
 each_allocator = pytest.mark.parametrize("name", ALLOCATORS)
+each_pricer = pytest.mark.parametrize("name", PRICERS)
 each_solver = pytest.mark.parametrize("name", SOLVERS)
 each_level_of_a_solver = pytest.mark.parametrize(
     ("name", "text"), [(name, text) for name, cls in SOLVERS.items() for text in cls.card.levels]
@@ -89,7 +94,7 @@ def test_a_card_is_sound(name: str) -> None:
     assert all(type(i) is int and 1 <= i <= ENTRIES for i in card.catalogue)
     assert card.claim.strip().endswith("."), "the claim is a sentence"
     assert card.kinds <= set(get_args(Kind))
-    assert bool(card.levels) is not issubclass(cls, Allocator)
+    assert bool(card.levels) is not issubclass(cls, Allocator | Pricer)
     assert set(cls.needs()) <= STATISTICS[cls.verb], "it asks for what no engine has"
 
 
@@ -130,7 +135,7 @@ def test_a_configuration_round_trips_through_text_and_toml(name: str) -> None:
         changed = cls(**{field: value})
         assert changed.config() == {field: value}
         assert method(name, **json.loads(json.dumps(changed.config()))) == changed
-        if issubclass(cls, Allocator):  # no step of a plan
+        if issubclass(cls, Allocator | Pricer):  # no step of a plan
             continue
         plan = Plan.parse(f"{name}({field}={value!r}) @ {cls.card.levels[0]}")
         assert plan.steps[0].method == changed
@@ -421,3 +426,38 @@ def test_an_allocator_refuses_a_table_that_is_none(name: str) -> None:
         extra = resources(rows)
         with pytest.raises(UserError):
             method.allocate(rows, {"bytes": 1e9}, **{k: extra[k] for k in method.needs()})
+
+
+# ---- pricers
+
+
+@each_pricer
+@pytest.mark.parametrize("text", ["4b/g64", "fp32", "2b/g32"])
+def test_a_price_is_ordered_deterministic_and_grows_with_the_work(name: str, text: str) -> None:
+    pricer, machine, level = PRICERS[name](), device(), parse_level(text)
+    assert isinstance(pricer, Pricer)
+    little, same = (pricer.price(work(level), machine) for _ in range(2))
+    assert little == same and 0 < little.low <= little.mid <= little.high and little.bytes > 0
+    more = [work(level, **{size: 1024}) for size in ("rows", "cols")]
+    more += [work(level, layers=8), work(level, tokens=16), work(level, batch=4), work(level, context=512)]
+    for larger in (pricer.price(w, machine) for w in more):
+        assert larger.mid > little.mid and larger.bytes > little.bytes
+
+
+@each_pricer
+def test_a_price_holds_at_the_edges(name: str) -> None:
+    pricer, machine = PRICERS[name](), device()
+    assert isinstance(pricer, Pricer)
+    nothing = pricer.price(Work(()), machine)
+    assert 0 <= nothing.mid < 1e-3
+    one = pricer.price(Work((Product(Dense("fp32"), 1, 1),)), machine)
+    huge = pricer.price(work(Dense("fp32"), rows=1 << 16, cols=1 << 14, tokens=4096, context=1 << 20), machine)
+    assert nothing.mid <= one.mid < huge.mid < float("inf")
+
+
+@each_pricer
+def test_a_pricer_refuses_a_profile_that_has_nothing_to_go_by(name: str) -> None:
+    pricer = PRICERS[name]()
+    assert isinstance(pricer, Pricer)
+    with pytest.raises(UserError, match="fp32"):
+        pricer.price(work(Dense("fp32")), device(kernels=()))

@@ -31,7 +31,8 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(300)]
 NURSERY = """
 import json, os, signal, subprocess, sys
 import torch, transformers, transformers.models.llama.modeling_llama, transformers.tokenization_utils_fast
-import trimtab.job, trimtab.evidence, trimtab.tasks.build, trimtab.models.fresh, trimtab.report.page
+import trimtab.job, trimtab.evidence, trimtab.tasks.build, trimtab.report.page
+import trimtab.models.compiled, trimtab.models.fresh
 from trimtab.core.journal import Journal
 from trimtab.cli import main
 
@@ -56,7 +57,7 @@ def deadly(mode, wanted):
 
 
 def forked(command, **options):
-    # the check in a fresh process, from here: a fork has the modules, and none of the run's own state but these
+    # the checks in a fresh process, from here: a fork has the modules, and none of the run's own state but these
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -65,7 +66,7 @@ def forked(command, **options):
         sys.argv = command[2:]
         code = 1
         try:
-            trimtab.models.fresh.main()
+            sys.modules[command[2]].main()
             sys.stdout.flush()
             code = 0
         finally:

@@ -100,6 +100,29 @@ def test_metrics_are_those_of_the_artifact_loaded_again(run: Run, text: Path, ti
     )
 
 
+def test_the_compiled_program_is_scored_beside_exact_arithmetic(run: Run) -> None:
+    """With its inputs of 8 bits it gives nearly the same, but not the same."""
+    exact, point = run.report["best"], run.report["compiled"]
+    assert point["split"] == "test" and "kernels, 1 threads" in point["engine"] and point["reason"] is None
+    assert point["value"] == pytest.approx(exact["value"], rel=0.05) and point["value"] != exact["value"]
+    low, high = point["to_exact"]
+    assert low <= point["value"] - exact["value"] <= high
+    assert not list(run.folder.glob("*.safetensors"))
+
+
+def test_without_kernels_the_reason_stands_in_place_of_the_score(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.evidence import in_new_process
+    from trimtab.formats.checkpoint import write_safetensors
+
+    items = {name: torch.arange(64).view(2, 32) for name in ("input_ids", "labels")}
+    write_safetensors(items, tmp_path / "items.safetensors")
+    monkeypatch.setenv("TRIMTAB_KERNELS", "none")
+    found = in_new_process("compiled", run.artifact, tmp_path / "items.safetensors")
+    assert found == {"reason": "no program runs this model here: there are no compiled kernels"}
+
+
 def test_plan_text_round_trips_and_is_what_the_artifact_holds(run: Run) -> None:
     plan = Plan.parse(run.report["plan"])
     assert str(plan) == run.report["plan"]

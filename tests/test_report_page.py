@@ -51,6 +51,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
         **{"artifact": "runs/pocket/artifact", "plan": "awq @ 4b/g64 | gptq @ 3b/g64", "seconds": 213.4},
         **{"peak_bytes": 1_230_000_000, "sites": sites, "machine": {"cpu": "a cpu", "cores": 2, "ram": 8_000_000_000}},
         **{"versions": {"torch": "2.13.0"}, "data": {"held-out": {"sha256": "60303ae2"}}},
+        "compiled": point(2_190_000, 18.8, 0.962, to_exact=[0.02, 0.15], engine="vnni kernels", reason=None),
         **{"timings": {"probe": 101.0, "apply": 38.2}},
     }
     return {key: value for key, value in (whole | changes).items() if value is not ...}
@@ -99,6 +100,13 @@ def test_a_missing_or_empty_key_leaves_its_part_out(key: str) -> None:
     for value in (..., None, {}, [], ""):
         text = page(a_report(**{key: value}))
         assert balanced(text) and "pocket" in text and "None" not in text
+
+
+def test_the_compiled_program_stands_beside_exact_arithmetic() -> None:
+    text = page(a_report())
+    assert "The same in the compiled program" in text and "+0.02 to +0.15 beside exact arithmetic" in text
+    text = page(a_report(compiled={"reason": "no program runs this model here: it has <b>"}))
+    assert "The same in" not in text and "it has &lt;b&gt;." in text and balanced(text)
 
 
 def test_an_empty_report_is_a_page() -> None:

@@ -13,10 +13,11 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trimtab.core.budget import say_bytes
@@ -36,6 +37,7 @@ TIGHTENINGS = 4
 GATE = 1e-3  # largest difference, as a share of the largest logit, between the fresh process and the model in memory
 GATE_ITEMS, GATE_TOKENS = 2, 24
 BISECTIONS = 9
+HASTE = 0.5  # least share of a latency to plan for: predictions are not that far off, but a busy machine can seem so
 
 
 def machine() -> dict[str, Any]:
@@ -44,18 +46,13 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    if info.exists():
-        cpu = next(
-            (x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu
-        )
-    kb = int(memory.read_text().split()[1]) if memory.exists() else 0
+    from trimtab.kernels.profile import machine_name, memory_bytes
+
     return {
-        "cpu": cpu,
+        "cpu": machine_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": kb * 1024,
+        "memory_bytes": memory_bytes(),
         "system": platform.system(),
     }
 
@@ -87,6 +84,25 @@ def scores_from_json(stored: dict[str, list[float]]) -> Scores:
     from trimtab.tasks.base import Scores
 
     return Scores(*(torch.tensor(stored[k], dtype=torch.float64) for k in ("nll", "hits", "count", "kl")))
+
+
+def in_new_process(check: str, folder: Path, probe: Path, options: Sequence[str] = ()) -> dict[str, Any]:
+    """What `trimtab.models.<check>` prints of an artifact and of the tensors in a file, which is then removed.
+
+    Raises:
+        UserError: the process failed.
+    """
+    import torch
+
+    command = [sys.executable, "-m", f"trimtab.models.{check}", str(folder), str(probe), *options]
+    done = subprocess.run([*command, "--threads", str(torch.get_num_threads())], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(
+            "the artifact does not load in a fresh process, so it is not handed over: "
+            f"{done.stderr.strip().splitlines()[-1:] or 'killed'}"
+        )
+    probe.unlink()
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def stored_tensors(job: Job, applied: Applied) -> Iterator[tuple[str, Tensor | Packed]]:
@@ -180,8 +196,6 @@ class Evidence:
         Raises:
             UserError: they differ by more than the gate allows: the artifact is not handed over.
         """
-        import torch
-
         from trimtab.engine.measure import through
         from trimtab.engine.run import main_output
         from trimtab.formats.checkpoint import write_safetensors
@@ -199,28 +213,10 @@ class Evidence:
             for k, v in items.items()
         }
         write_safetensors({**stored, "output": ours.float().contiguous()}, probe)
-        command = [
-            sys.executable,
-            "-m",
-            "trimtab.models.fresh",
-            str(folder),
-            str(probe),
-            "--context",
-            str(job.request.context),
-            "--batch",
-            str(job.request.batch),
-        ]
-        command += ["--packed"] if job.request.budget.memory else []
-        if job.source.folder is None:
-            command += ["--model", job.source.name]
-        done = subprocess.run([*command, "--threads", str(torch.get_num_threads())], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(
-                "the artifact does not load in a fresh process, so it is not handed over: "
-                f"{done.stderr.strip().splitlines()[-1:] or 'killed'}"
-            )
-        result = json.loads(done.stdout.splitlines()[-1])
-        probe.unlink()
+        options = ["--context", str(job.request.context), "--batch", str(job.request.batch)]
+        options += ["--packed"] if job.request.budget.memory else []
+        options += ["--model", job.source.name] if job.source.folder is None else []
+        result = in_new_process("fresh", folder, probe, options)
         worst = max(result["prefill"], result.get("decode", 0.0))
         if not worst <= GATE:
             raise UserError(
@@ -228,6 +224,32 @@ class Evidence:
                 f"allowed {GATE:g}); the artifact is not handed over"
             )
         return result
+
+    def compiled(self, folder: Path, size: int, exact: Scores, original: Scores) -> dict[str, Any]:
+        """The result's point as `trimtab run` runs it, in the compiled program with inputs of 8 bits; where no program
+        runs it, the `reason`.
+
+        Args:
+            exact: scores of the result in exact arithmetic; `to_exact` is the interval of the paired difference.
+        """
+        from trimtab.formats.checkpoint import write_safetensors
+        from trimtab.tasks.base import bootstrap
+
+        job, items, batch = self.job, folder.with_name("items.safetensors"), self.job.batch("test")
+        if job.task.name != "causal-lm":
+            return {"reason": "only causal language models run as a compiled program"}
+
+        def score() -> dict[str, Any]:
+            write_safetensors({**batch.inputs, "labels": batch.labels.contiguous()}, items)
+            return job.timed("measuring", lambda: in_new_process("compiled", folder, items))
+
+        found = self.journal.step("scores/compiled/test", score)
+        if "reason" in found:
+            return found
+        ours = scores_from_json(found["scores"])
+        _, _, to_exact = bootstrap(job.task, ours, exact, batch.amounts)
+        more = {"to_exact": list(to_exact), "engine": found["engine"], "reason": None}
+        return self.point("compiled", size, ours, original, "test", **more)
 
     # ---- the run
 
@@ -250,24 +272,23 @@ class Evidence:
         uniform, front = self.compare(rows, drops, fixed, limit, candidate, original)
         if uniform is not None and uniform[1] < self.points["fitted"]["damage"]:
             candidate = uniform[0]
-        return self.finish(candidate, uniform[0] if uniform else None, fixed, began, front, rows)
+        return self.finish(candidate, uniform[0] if uniform else None, fixed, began, front, rows, drops)
 
     def choose(self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores) -> tuple[Candidate, float]:
         """The fitted candidate and the limit on its units' bytes."""
         job, budget = self.job, self.job.request.budget
         if not budget.limits():
             raise UserError("a fit needs a budget: give at least one of --size, --memory, --latency, --quality")
-        must = job.drops_for_latency(drops) if budget.latency is not None else ()
         if budget.size is None and budget.memory is None and budget.quality is not None:
-            return self.smallest(rows, drops, fixed, original, must)
+            return self.smallest(rows, drops, fixed, original)
         limit = job.byte_limit(fixed, rows)
-        candidate = job.best_for(rows, drops, limit, must)
+        candidate = job.best_for(rows, drops, limit)
         _, scores, size = self.tried(candidate, "fitted", fixed)
         self.points["fitted"] = self.point("fitted", size, scores, original, "search", plan=candidate.plan)
         return candidate, limit
 
     def smallest(
-        self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores, must: tuple[str, ...]
+        self, rows: list[Row], drops: dict[str, float], fixed: int, original: Scores
     ) -> tuple[Candidate, float]:
         """The smallest candidate whose interval on the search data keeps the asked share of the metric, by bisection
         over its bytes.
@@ -285,7 +306,13 @@ class Evidence:
         kept: tuple[Candidate, float, dict[str, Any]] | None = None
         for turn in range(BISECTIONS):
             limit = high if turn == 0 else (low * high) ** 0.5
-            candidate = job.best_for(rows, drops, limit, must)
+            try:
+                candidate = job.best_for(rows, drops, limit)
+            except BudgetError:  # so few bytes are not to be had in the time
+                if turn == 0:
+                    raise
+                low = limit
+                continue
             _, scores, size = self.tried(candidate, f"bisect-{turn}", fixed)
             point = self.point("fitted", size, scores, original, "search", plan=candidate.plan)
             worst = base + point["difference"][0 if job.task.higher else 1]
@@ -337,11 +364,12 @@ class Evidence:
         began: float,
         front: list[dict[str, Any]],
         rows: list[Row] | None = None,
+        drops: Mapping[str, float] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Apply the chosen candidate, tighten until its artifact fits, verify it, judge it on the test data, report."""
         job, budget, folder = self.job, self.job.request.budget, self.job.out / "artifact"
         gate: dict[str, Any] = {}
-        size = 0
+        size, haste = 0, 1.0
         for turn in range(TIGHTENINGS):
             name = f"result-{turn}"
             applied = job.timed("applying", partial(job.apply, candidate, name))
@@ -349,15 +377,19 @@ class Evidence:
             size = self.journal.step(f"{name}/artifact", partial(job.timed, "writing", write))
             if not folder.exists():
                 write()
-            over = max(0, size - budget.size) if budget.size is not None else 0
+            over, late = max(0, size - budget.size) if budget.size is not None else 0, 0.0
             if not over:
                 check = partial(self.gate, applied, folder)
                 gate = self.journal.step(f"{name}/gate", partial(job.timed, "verifying", check))
                 over = max(0, gate["peak_bytes"] - budget.memory) if budget.memory is not None else 0
-            if not over or rows is None or candidate.name != "fitted":
+                late = gate["seconds"] / budget.latency if budget.latency is not None else 0.0
+            done = turn == TIGHTENINGS - 1 or not (over or late > 1)
+            if done or rows is None or candidate.name != "fitted":
                 break
+            haste = max(HASTE, haste / max(1.0, late))
+            limit = job.byte_limit(fixed, rows) - (turn + 1) * over
             try:
-                candidate = job.best_for(rows, {}, job.byte_limit(fixed, rows) - (turn + 1) * over, candidate.dropped)
+                candidate = job.best_for(rows, drops, limit, candidate.dropped, haste)
             except BudgetError:
                 break
         if budget.size is not None and size > budget.size:
@@ -372,6 +404,7 @@ class Evidence:
             **{"model": job.source.name, "task": job.task.name, "budget": budget.limits(), "best": best},
             "original": self.point("original", job.source.bytes, original, original, "test"),
             "uniform": None,
+            "compiled": self.compiled(folder, size, ours, original),
         }
         verdicts = []
         if uniform is not None:
@@ -392,6 +425,7 @@ class Evidence:
             },
             **{
                 "gate": gate,
+                "forecast": self.forecast(candidate, rows),
                 "sites": sites,
                 "machine": machine(),
                 "versions": versions(),
@@ -446,6 +480,18 @@ class Evidence:
                 f"memory {say_bytes(budget.memory)} was asked for, and {say_bytes(gate['peak_bytes'])} was measured"
             )
         return found
+
+    def forecast(self, candidate: Candidate, rows: list[Row] | None) -> dict[str, Any] | None:
+        """What the search knew of seconds: those of the result, and the choices left out as slower than the original;
+        None where the latency was not limited.
+        """
+        job = self.job
+        if job.request.budget.latency is None or not candidate.rows:
+            return None
+        seconds = sum(r.seconds for r in candidate.rows.values()) + job.pace.beside(rows or [], candidate.dropped)
+        kept = {c for u in job.units for c in u.choices}
+        slower = sorted({c for u in job.offered for c in u.choices} - kept)
+        return {"seconds": seconds, "how": job.pace.said, "slower_here": slower}
 
     def site_rows(self, candidate: Candidate, applied: Applied) -> list[dict[str, Any]]:
         """One row for each site: its level, bytes and damage, for the report's heat map."""

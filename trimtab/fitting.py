@@ -189,13 +189,19 @@ def preview(model: str, *, budget: Budget | None = None, **options: Any) -> dict
     import tempfile
     import time
 
+    import torch
+
     from trimtab.job import Job
+    from trimtab.kernels.profile import kept
+    from trimtab.pace import speed_of
 
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Request(model, budget or Budget(), **options), Path(folder) / "run", False)
         job.check_feasible()
-        units = job.units
-        smallest = job.fixed_bytes(units) + sum(min(job.bytes_of(u, c) for c in u.choices) for u in units)
+        units, offered = job.units, job.offered
+        smallest = job.fixed_bytes(offered) + sum(min(job.bytes_of(u, c) for c in u.choices) for u in offered)
+        limited = job.request.budget.latency is not None
+        speed = speed_of(job.pace, job.prices) if limited or kept(torch.get_num_threads()) else None
         start = time.perf_counter()
         job.reference  # noqa: B018 - one whole pass over the search data, which a probe costs a part of
         once = time.perf_counter() - start
@@ -216,6 +222,7 @@ def preview(model: str, *, budget: Budget | None = None, **options: Any) -> dict
                 {"name": u.name, "role": u.sites[0].role, "weights": u.weights, "choices": list(u.choices)}
                 for u in units
             ],
+            "speed": speed,
         },
         "feasible": "no size is asked for"
         if size is None

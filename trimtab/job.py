@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from trimtab.engine.stream import Stream
     from trimtab.fitting import Request
     from trimtab.models.source import Source
+    from trimtab.pace import Pace
     from trimtab.tasks.base import Scores, Task
 
 
@@ -130,12 +132,45 @@ class Job:
         return divides and quantised and expressible(self.request.target, level, site.shape)
 
     @cached_property
-    def units(self) -> list[Unit]:
-        """Units with their choices; a site for which there is none stays as it is."""
+    def offered(self) -> list[Unit]:
+        """Units with the choices that the target can load; a site for which there is none stays as it is."""
         from trimtab.engine.probe import units_of
 
         choices = {kind: self.menu[kind] for kind in SOLVED}
         return [u for u in units_of(self._probe_stream, choices, self.request.couple, self.legal) if u.choices]
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Units with the choices to search over: where the latency is limited, none that is slower here than the
+        original.
+        """
+        if self.request.budget.latency is None:
+            return self.offered
+        from trimtab.engine.pricing import slower_here
+
+        slower = slower_here(self.prices, [r for r in self.prices if r.choice == self.source.dtype])
+        kept = [replace(u, choices=tuple(c for c in u.choices if (u.name, c) not in slower)) for u in self.offered]
+        return [u for u in kept if u.choices]
+
+    @cached_property
+    def pace(self) -> Pace:
+        """How long an item takes on this machine."""
+        from trimtab.engine.probe import Choice
+        from trimtab.pace import pace_of
+
+        return pace_of(self, {str(Choice.parse(c).level) for u in self.offered for c in u.choices})
+
+    @cached_property
+    def prices(self) -> list[Row]:
+        """Bytes and seconds of every choice on offer and of the original, before any is tried."""
+        rows = [Row(u.name, c, self.bytes_of(u, c), 0.0, 0.0, u.weights) for u in self.offered for c in u.choices]
+        return self.pace.priced(self.offered, rows + self._originals)
+
+    @property
+    def _originals(self) -> list[Row]:
+        from trimtab.engine.probe import original_row
+
+        return [original_row(u, self.source.dtype) for u in self.offered]
 
     @cached_property
     def _probe_stream(self) -> Stream:
@@ -188,7 +223,7 @@ class Job:
 
     def table(self) -> tuple[list[Row], dict[str, float]]:
         """Probed rows of every unit, with the original among them, and the damage of each drop."""
-        from trimtab.engine.probe import original_row, probe
+        from trimtab.engine.probe import probe
 
         rows, drops = probe(
             self._probe_stream,
@@ -203,20 +238,24 @@ class Job:
             drops=self.dropper is not None,
             progress=self.tell("probing"),
         )
-        return rows + [original_row(u, self.source.dtype) for u in self.units], drops
+        names = {u.name for u in self.units}
+        rows += [r for r in self._originals if r.unit in names]
+        return rows if self.request.budget.latency is None else self.pace.priced(self.offered, rows), drops
 
     def allocate(
-        self, rows: list[Row], limit: float, drops: Mapping[str, float], dropped: tuple[str, ...]
+        self, rows: list[Row], limit: float, drops: Mapping[str, float], dropped: tuple[str, ...], haste: float
     ) -> Candidate:
         """The allocator's choice for a limit on the units' bytes, with these sublayers left out."""
-        gone = {s.path for s in self.modelmap.sites if any(s.path.startswith(d + ".") for d in dropped)}
-        open_rows = [
-            Row(r.unit, r.choice, 0, 0.0, 0.0, r.weights) if r.unit.partition("+")[0] in gone else r for r in rows
-        ]
+        from trimtab.pace import inside, without
+
+        open_rows, gone = without(self.modelmap, rows, dropped), inside(self.modelmap, dropped)
+        limits = {"bytes": limit}
+        if self.request.budget.latency is not None:
+            limits["seconds"] = self.pace.left(rows, dropped, haste)
         chooser = parse_method(self.request.allocator)
         assert isinstance(chooser, Allocator)
         extra = self._wants(chooser, open_rows)
-        picked = chooser.allocate(open_rows, {"bytes": limit}, **extra)
+        picked = chooser.allocate(open_rows, limits, **extra)
         picked = {u: r for u, r in picked.items() if u.partition("+")[0] not in gone}
         return Candidate("fitted", self._steps(picked, dropped), picked, dropped)
 
@@ -278,6 +317,7 @@ class Job:
             and budget.size is not None
             and self.source.bytes <= budget.size
             and budget.quality is None
+            and budget.latency is None
         )
 
     def check_feasible(self) -> None:
@@ -287,7 +327,7 @@ class Job:
             UserError: names what was asked, and the smallest size.
         """
         budget = self.request.budget
-        least = self.fixed_bytes(self.units) + sum(min(self.bytes_of(u, c) for c in u.choices) for u in self.units)
+        least = self.fixed_bytes(self.offered) + sum(min(self.bytes_of(u, c) for c in u.choices) for u in self.offered)
         needs = {"size": (budget.size, least), "memory": (budget.memory, least + self.workspace_bytes())}
         for what, (asked, needed) in needs.items():
             if asked is not None and asked < needed:
@@ -333,12 +373,13 @@ class Job:
         for unit in self.units:
             kinds[{"head": "heads", "embedding": "embeddings"}.get(unit.sites[0].kind, "body")].append(unit)
         kinds = {kind: units for kind, units in kinds.items() if units}
+        left = inf if self.request.budget.latency is None else self.pace.left(rows)
         found = []
         for chosen in product(*(self._common(units, by_unit) for units in kinds.values())):
             picked = {
                 u.name: by_unit[u.name][c] for c, units in zip(chosen, kinds.values(), strict=True) for u in units
             }
-            if sum(r.bytes for r in picked.values()) <= limit:
+            if sum(r.bytes for r in picked.values()) <= limit and sum(r.seconds for r in picked.values()) <= left:
                 named = ", ".join(c if kind == "body" else f"{kind} {c}" for kind, c in zip(kinds, chosen, strict=True))
                 found.append(Candidate(f"uniform {named}", self._steps(picked, ()), picked))
         return sorted(found, key=Candidate.predicted)
@@ -380,44 +421,26 @@ class Job:
         largest = max((4 * s.weights for s in self.modelmap.sites), default=0)
         return cache + 2 * largest + 4 * 4 * tokens * widest
 
-    def drops_for_latency(self, drops: Mapping[str, float]) -> tuple[str, ...]:
-        """The fewest sublayers, least damage first, without which one forward of one item is fast enough here;
-        committed to the journal.
+    def best_for(
+        self,
+        rows: list[Row],
+        drops: Mapping[str, float],
+        limit: float,
+        must: tuple[str, ...] = (),
+        haste: float = 1.0,
+    ) -> Candidate:
+        """The allocator's choice for a limit, over every number of dropped sublayers that predicts less damage.
+
+        Args:
+            must: sublayers that are dropped anyhow.
+            haste: share of the latency to plan for, where an earlier plan took longer than it was to.
 
         Raises:
-            BudgetError: the original is too slow, and nothing that this run may drop makes it fast enough.
+            BudgetError: no plan is within the limits.
         """
-        from trimtab.engine.run import seconds_of
-
-        wanted = self.request.budget.latency
-        assert wanted is not None
-        order = sorted(drops, key=lambda p: drops[p])
-
-        def find() -> list[str]:
-            stream = self.stream()
-            inputs = self.batch("search").take(0, 1).inputs
-            stream.whole_model()
-            seconds = float("inf")
-            for count in range(len(order) + 1):
-                with stream.swapped(dict.fromkeys(order[:count])):
-                    seconds = min(seconds, seconds_of(lambda: stream.once(inputs)))
-                if seconds <= 0.97 * wanted:
-                    return order[:count]
-            raise BudgetError(
-                f"latency {1e3 * wanted:.3g} ms was asked for, and {1e3 * seconds:.3g} ms is the least reached here "
-                f"({'with every sublayer dropped' if order else 'no sublayer of this model may be dropped'}); ask "
-                "for more"
-            )
-
-        return tuple(self.journal.step("latency", find))
-
-    def best_for(
-        self, rows: list[Row], drops: Mapping[str, float], limit: float, must: tuple[str, ...] = ()
-    ) -> Candidate:
-        """The allocator's choice for a limit, over every number of dropped sublayers that predicts less damage;
-        `must` are dropped anyhow.
-        """
-        best = self.allocate(rows, limit, drops, must)
+        if self.request.budget.latency is not None:
+            must = max(must, self.pace.fewest(rows, drops, haste), key=len)
+        best = self.allocate(rows, limit, drops, must, haste)
         cost = sum(drops.get(p, 0.0) for p in must) + best.predicted()
         order = [*must, *sorted((p for p in drops if p not in must), key=lambda p: drops[p])]
         for count in range(len(must) + 1, len(order)):
@@ -426,7 +449,7 @@ class Job:
             if lost >= cost:
                 break
             try:
-                candidate = self.allocate(rows, limit, drops, dropped)
+                candidate = self.allocate(rows, limit, drops, dropped, haste)
             except BudgetError:
                 continue
             if lost + candidate.predicted() < cost:

@@ -89,14 +89,9 @@ class Loaded:
     @property
     def engine(self) -> str:
         """What wrote the last text: the kernels and their threads, or torch and its."""
-        from trimtab.kernels.native import native
+        import torch
 
-        kernels = native()
-        if self._runtime is None or self._runtime.form is None or kernels is None:
-            import torch
-
-            return f"torch, {torch.get_num_threads()} threads"
-        return f"{kernels.__name__.rpartition('_')[2]} kernels, {kernels.threads()} threads"
+        return self._runtime.engine if self._runtime is not None else f"torch, {torch.get_num_threads()} threads"
 
     def _limit(self, asked: int) -> int:
         """Tokens that a text may have; where neither model nor user set a limit, as many as asked for."""

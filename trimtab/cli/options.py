@@ -16,7 +16,7 @@ Model = Annotated[
 ]
 Size = Annotated[str | None, typer.Option(help="bytes on disk, like 60MB")]
 Memory = Annotated[str | None, typer.Option(help="peak memory of a run, like 400MB")]
-Latency = Annotated[str | None, typer.Option(help="time of one forward here, like 15ms")]
+Latency = Annotated[str | None, typer.Option(help="time of one item here, of text a --length prompt, like 15ms")]
 Quality = Annotated[str | None, typer.Option(help="least share of the original's metric, like 98%")]
 Data = Annotated[str | None, typer.Option(help="text, JSON lines, .npz of images and labels, or module:function")]
 Effort = Annotated[str, typer.Option(help="quick, standard or thorough")]

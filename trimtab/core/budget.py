@@ -96,7 +96,7 @@ class Budget:
     Fields:
         size: bytes on disk of the artifact: weights, configuration, tokenizer.
         memory: peak bytes of a run at the stated context and batch, above those of an idle process.
-        latency: seconds for one forward of one input on this machine.
+        latency: seconds for one item on this machine: of text, a prompt read up to its next token.
         quality: least share of the original's metric.
     """
 

@@ -26,6 +26,7 @@ from trimtab.core.level import Level
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trimtab.core.device import Cost, Device, Work
     from trimtab.core.table import Row
     from trimtab.formats.packed import Packed
 
@@ -178,7 +179,17 @@ class Allocator(Method):
         """One row for each unit, such that the sum of every limited cost is within its limit."""
 
 
-VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in (Solver, Rewriter, Allocator)}
+class Pricer(Method):
+    """`price(work, device) -> Cost`: what a forward costs on a machine; sees shapes and a profile, never a model."""
+
+    verb = "price"
+
+    @abstractmethod
+    def price(self, work: Work, device: Device) -> Cost:
+        """Seconds with their spread, and the most bytes held."""
+
+
+VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in (Solver, Rewriter, Allocator, Pricer)}
 
 
 @cache

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from trimtab.formats.packed import Packed
 
+ROUNDS, PAUSE, LONG = 5, 0.1, 5.0  # of a measurement; seconds between them; seconds after which there is no other
+
 
 class PackedLinear(nn.Module):
     """A linear whose weight stays packed in memory and is unpacked for each use.
@@ -63,3 +65,17 @@ def seconds_of(work: Callable[[], Any], repeats: int = 5) -> float:
         work()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
+
+
+def quiet_seconds_of(work: Callable[[], Any]) -> float:
+    """Median wall time of a call in the quietest of several rounds.
+
+    Where other work has the cores, a call can take many times as long for a second on end, which says nothing of it.
+    """
+    quietest, began = float("inf"), time.perf_counter()
+    for _ in range(ROUNDS):
+        quietest = min(quietest, seconds_of(work))
+        if time.perf_counter() - began > LONG:
+            break
+        time.sleep(PAUSE)
+    return quietest

@@ -187,6 +187,9 @@ class Runtime:
         packed: parameter name -> reader of the packed weight, for those that an artifact stores packed.
         share: the module's own weights give way to those of the kernels, so that they are in memory once.
         plain: run on torch even where there are kernels.
+
+    Attributes:
+        reason: why the model runs on torch; empty where a program runs it.
     """
 
     def __init__(
@@ -198,6 +201,7 @@ class Runtime:
     ) -> None:
         self.model, self.share = model, share
         self.kernels = None if plain else native()
+        self.reason = "there are no compiled kernels" if self.kernels is None else ""
         found = map_of(model)
         self.weights = Weights(self.kernels, model, found, packed or {})
         self.form: Form | None = None
@@ -238,9 +242,16 @@ class Runtime:
         sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
         return Session(*compile_form(self.form, self.weights, **sizes, cache=cache))
 
+    @property
+    def engine(self) -> str:
+        """What runs its sessions: the kernels and their threads, or torch and its."""
+        if self.form is None or self.kernels is None:
+            return f"torch, {torch.get_num_threads()} threads"
+        return f"{self.kernels.__name__.rpartition('_')[2]} kernels, {self.kernels.threads()} threads"
+
     def _refuse(self, unknown: Unknown) -> None:
-        self.form = None
-        print(f"no program was made for this model, so it runs on torch, slower: it has {unknown}", file=sys.stderr)
+        self.form, self.reason = None, f"it has {unknown}"
+        print(f"no program was made for this model, so it runs on torch, slower: {self.reason}", file=sys.stderr)
 
 
 def map_of(model: nn.Module) -> ModelMap:

@@ -145,12 +145,32 @@ def _change(point: Json) -> str:
     return f"{ends[0]:+.3g} to {ends[1]:+.3g}" if len(ends) == 2 and None not in ends and any(ends) else ""
 
 
+COMPARED = (
+    ("original", "Original"),
+    ("best", "Best within the budget"),
+    ("compiled", "The same in the compiled program"),
+    ("uniform", "Best uniform plan"),
+)
+
+
+def _rounding(report: Json) -> str:
+    """What the compiled program's arithmetic does to the metric, or why it was not asked."""
+    point = point_of(report, "compiled")
+    ends = [finite(end) for end in point.get("to_exact") or ()]
+    if len(ends) == 2 and None not in ends:
+        return (
+            f"The compiled program ({point.get('engine')}) rounds the inputs of integer weights to 8 bits: "
+            f"{metric_of(report)} {ends[0]:+.3g} to {ends[1]:+.3g} beside exact arithmetic, 95 % paired."
+        )
+    return f"In exact arithmetic alone: {point['reason']}." if point.get("reason") else ""
+
+
 def _comparison(report: Json) -> str:
     rows = []
     base = finite(point_of(report, "original").get("bytes"))
-    for key, name in (("original", "Original"), ("best", "Best within the budget"), ("uniform", "Best uniform plan")):
+    for key, name in COMPARED:
         point = point_of(report, key)
-        if not point:
+        if not point or point.get("reason"):
             continue
         count = finite(point.get("bytes"))
         share = f"{100 * count / base:.1f} %" if count and base else ""
@@ -176,6 +196,7 @@ def _comparison(report: Json) -> str:
 <th scope="col">{safe(metric_of(report))}, 95 % interval<small>{better}</small></th>
 <th scope="col">Kept<small>{"paired difference, 95 %" if paired else ""}</small></th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
+{f'<p class="lead">{safe(note)}</p>' if (note := _rounding(report)) else ""}
 </section>"""
 
 
@@ -228,7 +249,7 @@ _FACTS = (("machine", "Machine"), ("versions", "Versions"), ("data", "Data"))
 
 def _provenance(report: Json) -> str:
     groups = []
-    for key, name in (("gate", "Loaded in a fresh process"), *_FACTS):
+    for key, name in (("gate", "Loaded in a fresh process"), ("forecast", "Forecast of the latency"), *_FACTS):
         if pairs := _flat(report.get(key) or {}, ""):
             lines = "".join(
                 f"<div><dt>{safe((k or name).replace('_', ' '))}</dt><dd>{safe(v)}</dd></div>" for k, v in pairs

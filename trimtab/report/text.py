@@ -71,10 +71,32 @@ def print_report(report: dict[str, Any], sites: bool = False) -> None:
         f"largest{decode})",
         highlight=False,
     )
+    if (run := report.get("compiled") or {}).get("to_exact"):
+        low, high = run["to_exact"]
+        console.print(
+            f"as run:   {run['metric']} {run['value']:.4g} on {run['engine']}, with inputs of 8 bits where weights are "
+            f"integers ({low:+.3g} to {high:+.3g} beside exact arithmetic, 95 % paired)",
+            highlight=False,
+        )
+    elif run.get("reason") and report["task"] == "causal-lm":
+        console.print(f"as run:   on torch; {run['reason']}", highlight=False)
+    if said := _latency(report):
+        console.print(f"latency:  {said}", highlight=False)
     console.print(
         f"took:     {report['seconds']:.0f} s, peak memory {say_bytes(report['peak_bytes'])}", highlight=False
     )
     console.print(f"artifact: {report['artifact']}", highlight=False)
+
+
+def _latency(report: dict[str, Any]) -> str:
+    """What an item takes where that was limited, beside what was predicted; else nothing."""
+    forecast, gate = report.get("forecast"), report["gate"]
+    if not forecast:
+        return ""
+    said = f"{1e3 * gate['seconds']:.3g} ms an item on {gate['engine']}; {1e3 * forecast['seconds']:.3g} ms "
+    said += "were predicted" if forecast["how"] == "predicted" else "before, whatever the plan"
+    slower = ", ".join(forecast["slower_here"])
+    return said + (f"; left out as slower here than the original: {slower}" if slower else "")
 
 
 def _limit(name: str, value: float) -> str:
@@ -101,12 +123,21 @@ def print_preview(found: dict[str, Any]) -> None:
     console = Console()
     original, least = say_bytes(found["original_bytes"]), say_bytes(found["smallest_bytes"])
     console.print(f"[bold]{found['model']}[/] ({found['task']}): {original}, smallest plan {least}", highlight=False)
+    speed = found["speed"] or {"units": {}}
     table = Table(box=None, header_style="bold")
-    for column in ("unit", "role", "weights", "choices"):
+    for column in ("unit", "role", "weights", "choices" + (", microseconds here" if speed["units"] else "")):
         table.add_column(column)
     for unit in found["units"]:
-        table.add_row(unit["name"], unit["role"], f"{unit['weights']:,}", ", ".join(unit["choices"]))
+        offers = speed["units"].get(unit["name"], {})
+        said = [f"{c} {1e6 * offers[c]:.0f}" if c in offers else c for c in unit["choices"]]
+        table.add_row(unit["name"], unit["role"], f"{unit['weights']:,}", ", ".join(said))
     console.print(table, highlight=False)
+    if "original" in speed:
+        console.print(
+            f"an item takes the original {1e3 * speed['original']:.3g} ms here, and at the fastest choices "
+            f"{1e3 * speed['fastest']:.3g} ms ({speed['how']})",
+            highlight=False,
+        )
     console.print(
         f"{found['probes']} probes, about {found['seconds']:.0f} s here; {found['feasible']}", highlight=False
     )
