@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 
 LEVELS = (
     *("fp32", "bf16", "8b/row", "6b/g128", "5b/g64", "4b/g128", "4b/g64", "4b/g32", "nvfp4/h", "3b/g128", "3b/g64"),
-    *("3b/g32", "2b/g64", "2b/g32", "2b/g16"),
+    *("3b/g32", "2b/g64", "2b/g32", "2b/g16", "vq/d4/k256", "2:4", "75%"),
 )
 """Levels of the menus of a fit that compiled kernels may run, and the two of models as they come."""
 QUICK_LEVELS = ("fp32", "bf16", "8b/row", "4b/g64", "2b/g32")
