@@ -8,6 +8,7 @@ SIZE ?= 3MB
 EFFORT ?= quick
 MODEL ?= pocket
 MINUTES ?= 40
+SANITIZED := build/sanitized
 
 # The tokenisers warn when a process forks after they used threads; ours are not worth the warning.
 export TOKENIZERS_PARALLELISM := false
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test lint types unit claims claims-stale claims-check docs bench lock clean
+.PHONY: help setup fit test lint types unit sanitize claims claims-stale claims-check docs bench lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,6 +58,14 @@ types: $(READY)
 
 unit: $(READY) $(BROWSER)
 	$(BIN)/python -m pytest -q $(PYTEST)
+
+# Exceptions cross the sanitizers only if the C++ library is there first.
+sanitize: $(READY) ## the kernels' tests on the portable variant, built with the address and undefined-behaviour sanitizers
+	@if ! command -v c++ >/dev/null; then echo "no C++ compiler: nothing to sanitize"; exit 0; fi; \
+	$(BIN)/cmake -G Ninja -S . -B $(SANITIZED) -DTRIMTAB_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python >/dev/null && \
+	$(BIN)/cmake --build $(SANITIZED) --target _generic && \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 TRIMTAB_KERNELS=generic TRIMTAB_TEST_KERNELS=$(SANITIZED) $(BIN)/python -m pytest -q tests/test_kernels_*.py
 
 claims: $(READY) ## re-run the checks of the papers' claims here and append the results to records/
 	$(BIN)/trimtab claim --all

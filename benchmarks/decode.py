@@ -3,9 +3,10 @@
 A Llama of 1.1 billion random weights is written to a temporary folder, block by block, and packed by rounding to
 nearest at several levels. Then, all in one process and in turns, each engine reads prompts of 128 and 512 tokens and
 writes text for 1, 4, 8 and 16 sequences at once, after prompts of 128 tokens: our program at each level, `generate` of
-transformers in bf16, and the same with linears that torch quantises dynamically to 8 bits. Figures are medians.
-`share_of_bandwidth` is the bytes that a token reads, weights and cache, times tokens a second, over the rate at which
-the same process reads 1 GiB. Last, a process of its own for each engine loads the model from the folder and gives its
+transformers in bf16, the same with linears that torch quantises dynamically to 8 bits, and, where llama-cpp-python is
+installed, llama.cpp on the GGUF export of our 4b/g32. Figures are medians. `share_of_bandwidth` is the bytes that a
+token reads, weights and cache, times tokens a second, over the best rate at which the same threads read 1 GiB, before
+and after. Last, a process of its own for each engine loads the model from the folder and gives its
 first token. A JSON line is printed and appended to records/benchmarks/decode.jsonl.
 
     python benchmarks/decode.py                        # half an hour, 14 GB of memory, 5 GB of disk
@@ -18,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +33,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +47,7 @@ LARGE: dict[str, Any] = {
     **{"num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 2048},
 }
 SMALL: dict[str, Any] = LARGE | {"num_hidden_layers": 2}
-LEVELS = ("4b/g32", "8b/g32", "2b/g32", "bf16")
+LEVELS = ("4b/g32", "4b/g128", "8b/g128", "2b/g32", "bf16")
 BATCHES, LENGTHS = (1, 4, 8, 16), (128, 512)
 PROMPT = 128  # tokens before a text is written
 OURS = """
@@ -189,18 +193,72 @@ class Transformers:
         return [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
 
 
+class LlamaCpp:
+    """llama.cpp on the GGUF export of an artifact, called at its own face, without Python's sampling around it."""
+
+    def __init__(self, artifact: Path, threads: int) -> None:
+        import llama_cpp
+
+        from trimtab.exporting import export
+        from trimtab.models.pocket import POCKET
+
+        file = artifact.with_suffix(".gguf")
+        if not file.is_file():
+            for name in ("tokenizer.json", "tokenizer_config.json"):  # GGUF wants one; no text is made into tokens
+                shutil.copyfile(POCKET["pocket"] / name, artifact / name)
+            export(artifact, "gguf", file, type="Q4_0")
+        self.api = llama_cpp
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept, for C calls it
+        llama_cpp.llama_log_set(self.quiet, None)
+        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_seq_max, settings.n_ctx = max(BATCHES), 1024 * max(BATCHES)
+        settings.n_batch = settings.n_ubatch = max(LENGTHS)
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        assert self.model and self.context, f"llama.cpp does not load {file}"
+        self.rows = llama_cpp.llama_batch_init(max(LENGTHS), 0, 1)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def _forget(self) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+
+    def _run(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Tokens, each with its place, its sequence and whether its outputs are wanted; the likeliest next ones."""
+        self.rows.n_tokens = len(rows)
+        for i, (token, place, sequence, wanted) in enumerate(rows):
+            self.rows.token[i], self.rows.pos[i], self.rows.logits[i] = token, place, wanted
+            self.rows.n_seq_id[i], self.rows.seq_id[i][0] = 1, sequence
+        assert self.api.llama_decode(self.context, self.rows) == 0
+        found = [self.api.llama_get_logits_ith(self.context, i) for i, row in enumerate(rows) if row[3]]
+        return [int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax()) for logits in found]
+
+    def prefill(self, tokens: Tensor) -> float:
+        self._forget()
+        rows = [(token, i, 0, i == len(tokens) - 1) for i, token in enumerate(tokens.tolist())]
+        start = time.perf_counter()
+        self._run(rows)
+        return time.perf_counter() - start
+
+    def decode(self, batch: int, prompt: Tensor, steps: int) -> list[float]:
+        self._forget()
+        for sequence in range(batch):
+            self._run([(t, i, sequence, i == len(prompt) - 1) for i, t in enumerate(prompt.tolist())])
+        spent, tokens = [], [1] * batch
+        for step in range(steps):
+            rows = [(token, len(prompt) + step, sequence, True) for sequence, token in enumerate(tokens)]
+            start = time.perf_counter()
+            tokens = self._run(rows)
+            spent.append(time.perf_counter() - start)
+        return spent
+
+
 # ---- measuring
 
 
-def bandwidth() -> float:
-    """Bytes a second at which torch adds up 1 GiB, at best."""
-    many = torch.ones(1 << 28)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        many.sum()
-        best = min(best, time.perf_counter() - start)
-    return many.numel() * 4 / best
+def bandwidth(kernels: Any) -> float:
+    """Bytes a second at which the kernels' threads read 1 GiB: the best slice of a short time."""
+    return max(kernels.read_rates(1 << 30, 0.8))
 
 
 def cold(code: str, folder: Path) -> float:
@@ -272,8 +330,12 @@ def main() -> None:
             engines["transformers bf16"] = Transformers(plain, False)
             engines["transformers dynamic int8"] = Transformers(plain, True)
             starts.append(("transformers bf16", THEIRS, plain))
-        reads = bandwidth()
+        four = root / "4b-g32"
+        if not asked.ours and importlib.util.find_spec("llama_cpp") is not None and four.is_dir():
+            engines["llama.cpp Q4_0"] = LlamaCpp(four, asked.threads)
+        reads = bandwidth(kernels)
         found = measure(engines, prompt, 8 if asked.small else 16, asked.turns)
+        reads = max(reads, bandwidth(kernels))
         for name, engine in engines.items():
             if isinstance(engine, Ours):
                 found[name]["bytes_a_token"] = engine.read
