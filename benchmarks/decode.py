@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import importlib.util
 import json
 import os
@@ -197,11 +198,10 @@ class LlamaCpp:
     """llama.cpp on the GGUF export of an artifact, called at its own face, without Python's sampling around it."""
 
     def __init__(self, artifact: Path, threads: int) -> None:
-        import llama_cpp
-
         from trimtab.exporting import export
         from trimtab.models.pocket import POCKET
 
+        llama_cpp: Any = importlib.import_module("llama_cpp")
         file = artifact.with_suffix(".gguf")
         if not file.is_file():
             for name in ("tokenizer.json", "tokenizer_config.json"):  # GGUF wants one; no text is made into tokens

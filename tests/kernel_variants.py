@@ -10,7 +10,7 @@ import pytest
 
 
 def variants() -> list[object]:
-    """Every variant as a parameter; where nothing was compiled, one that skips; of another build, the plain one alone."""
+    """Every variant as a parameter; where nothing was compiled, one that skips; of another build, the plain one."""
     try:
         plain = importlib.import_module("trimtab.kernels._generic")
     except ModuleNotFoundError:
