@@ -5,8 +5,8 @@ nearest at several levels. Then, all in one process and in turns, each engine re
 writes text for 1, 4, 8 and 16 sequences at once, after prompts of 128 tokens: our program at each level, `generate` of
 transformers in bf16, the same with linears that torch quantises dynamically to 8 bits, and, where llama-cpp-python is
 installed, llama.cpp on the GGUF export of our 4b/g32. Figures are medians. `share_of_bandwidth` is the bytes that a
-token reads, weights and cache, times tokens a second, over the best rate at which the same threads read 1 GiB, before
-and after. Last, a process of its own for each engine loads the model from the folder and gives its
+token reads, weights and cache, times tokens a second, over the best rate at which the same threads read 1 GiB right
+before and after. Last, a process of its own for each engine loads the model from the folder and gives its
 first token. A JSON line is printed and appended to records/benchmarks/decode.jsonl.
 
     python benchmarks/decode.py                        # half an hour, 14 GB of memory, 5 GB of disk
@@ -258,7 +258,7 @@ class LlamaCpp:
 
 def bandwidth(kernels: Any) -> float:
     """Bytes a second at which the kernels' threads read 1 GiB: the best slice of a short time."""
-    return max(kernels.read_rates(1 << 30, 0.8))
+    return max(kernels.read_rates(1 << 30, 0.4))
 
 
 def cold(code: str, folder: Path) -> float:
@@ -272,23 +272,38 @@ def rounded(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def measure(engines: dict[str, Any], prompt: Tensor, steps: int, turns: int) -> dict[str, dict[str, float]]:
-    """Tokens a second of every engine, in turns: medians."""
+def measure(
+    engines: dict[str, Any], prompt: Tensor, steps: int, turns: int, kernels: Any
+) -> dict[str, dict[str, float]]:
+    """Tokens a second of every engine, in turns: medians; and the share of the bandwidth that our one sequence takes.
+
+    The rate of the memory can change while this runs, so that it is taken right before and after each such text.
+    """
     spent: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
+    shares: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(turns + 1):
         for length in LENGTHS:
             for name, engine in engines.items():
                 spent[name].setdefault(f"prefill_{length}", []).append(engine.prefill(prompt[:length]) / length)
         for batch in BATCHES:
             for name, engine in engines.items():
+                alone = batch == 1 and isinstance(engine, Ours) and turn > 0
+                before = bandwidth(kernels) if alone else 0.0
                 each = engine.decode(batch, prompt[:PROMPT], steps if turn else 2)
                 spent[name].setdefault(f"decode_{batch}", []).extend(seconds / batch for seconds in each)
+                if alone:
+                    reads = max(before, bandwidth(kernels))
+                    shares[name].append(engine.read / statistics.median(each) / reads)
         if turn == 0:  # it warmed up
             spent = {name: {} for name in engines}
-    return {
-        name: {what: rounded(1 / statistics.median(seconds)) for what, seconds in found.items()}
-        for name, found in spent.items()
+    found = {
+        name: {what: rounded(1 / statistics.median(seconds)) for what, seconds in times.items()}
+        for name, times in spent.items()
     }
+    for name, each in shares.items():
+        if each:
+            found[name] |= {"bytes_a_token": engines[name].read, "share_of_bandwidth": rounded(statistics.median(each))}
+    return found
 
 
 def main() -> None:
@@ -334,17 +349,14 @@ def main() -> None:
         if not asked.ours and importlib.util.find_spec("llama_cpp") is not None and four.is_dir():
             engines["llama.cpp Q4_0"] = LlamaCpp(four, asked.threads)
         reads = bandwidth(kernels)
-        found = measure(engines, prompt, 8 if asked.small else 16, asked.turns)
+        found = measure(engines, prompt, 8 if asked.small else 16, asked.turns, kernels)
         reads = max(reads, bandwidth(kernels))
         for name, engine in engines.items():
-            if isinstance(engine, Ours):
-                found[name]["bytes_a_token"] = engine.read
-                found[name]["share_of_bandwidth"] = rounded(engine.read * found[name]["decode_1"] / reads)
-                if asked.profile:
-                    for batch in BATCHES:
-                        shares = engine.profile(lambda e=engine, b=batch: e.decode(b, prompt[:2], 8))
-                        print(name, "decode", batch, shares, file=sys.stderr)
-                    print(name, "prefill", engine.profile(lambda e=engine: e.prefill(prompt)), file=sys.stderr)
+            if isinstance(engine, Ours) and asked.profile:
+                for batch in BATCHES:
+                    shares = engine.profile(lambda e=engine, b=batch: e.decode(b, prompt[:2], 8))
+                    print(name, "decode", batch, shares, file=sys.stderr)
+                print(name, "prefill", engine.profile(lambda e=engine: e.prefill(prompt)), file=sys.stderr)
         engines.clear()
         for name, code, folder in starts:
             found[name]["first_token_seconds"] = rounded(statistics.median(cold(code, folder) for _ in range(3)))

@@ -264,22 +264,19 @@ def test_check_leaves_alone_what_is_of_the_present_code(claims: Path, cli: Cli) 
 
 
 @pytest.mark.parametrize(
-    ("tests", "claimed", "code", "last"),
-    [
-        (0, 0, 0, "31 passed, 2 skipped in 3.21s"),
-        (0, 2, 1, "31 passed, 2 skipped in 3.21s"),
-        (2, 0, 2, "31 passed, 2 skipped in 3.21s"),
-    ],
+    ("tests", "sanitized", "claimed", "code"), [(0, 0, 0, 0), (0, 0, 2, 1), (0, 2, 0, 1), (2, 0, 0, 2)]
 )
-def test_continuous_integration(tests: int, claimed: int, code: int, last: str, tmp_path: Path) -> None:
-    """`.ci/run` runs the tests, then the claims; the tests' closing line is the last in any case."""
+def test_continuous_integration(tests: int, sanitized: int, claimed: int, code: int, tmp_path: Path) -> None:
+    """`.ci/run` runs the tests, the sanitizers, then the claims; the tests' closing line is the last in any case."""
+    last = "31 passed, 2 skipped in 3.21s"
     (tmp_path / ".ci").mkdir()
     (tmp_path / "bin").mkdir()
     shutil.copy(Path(__file__).parent.parent / ".ci" / "run", tmp_path / ".ci" / "run")
     make = tmp_path / "bin" / "make"
     make.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
-        f'if [ "$1" = test ]; then echo "31 passed, 2 skipped in 3.21s"; exit {tests}; fi\n'
+        f'if [ "$1" = test ]; then echo "{last}"; exit {tests}; fi\n'
+        f'if [ "$1" = sanitize ]; then exit {sanitized}; fi\n'
         f'echo "rtn: partly"; exit {claimed}\n'
     )
     make.chmod(0o755)
@@ -293,7 +290,7 @@ def test_continuous_integration(tests: int, claimed: int, code: int, last: str, 
     assert done.returncode == code, done
     assert done.stdout.splitlines()[-1] == last
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked == (["test"] if tests else ["test", "claims-check"])
+    assert asked == (["test"] if tests else ["test", "sanitize", "claims-check"])
 
 
 # ---- what is kept of the methods
