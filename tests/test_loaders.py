@@ -779,7 +779,7 @@ DAMAGES: list[tuple[dict[str, Any], str]] = [
 ]
 BROKEN_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 1 << 40}, "1099511627776 layers"),
-    ({"architectures": [{}]}, "does not make a model"),
+    ({"architectures": [{}]}, "no list of names"),
     ({"head_dim": 1 << 40}, "does not make a model"),
     ({"hidden_size": None}, "does not make a model"),
 ]

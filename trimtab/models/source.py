@@ -45,6 +45,7 @@ SIDECARS = (
         "spiece.model",
     ),
 )
+MOST_LAYERS = 4096  # more come from a damaged configuration, and making so many modules might never end
 TASKS = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
@@ -186,7 +187,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's `config.json`.
 
     Raises:
-        UserError: it is missing, or no JSON object.
+        UserError: it is missing, no JSON object, or names its architectures in another way than by a list.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -197,6 +198,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({_first_line(error)}); download it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is JSON, but no object; download it again")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is damaged: its `architectures` is no list of names; download it again")
     return config
 
 
@@ -220,6 +224,13 @@ def skeleton_of(config_dict: Mapping[str, Any], where: str) -> nn.Module:
         k: v for k, v in config_dict.items() if not k.startswith("_") and k not in ("auto_map", "quantization_config")
     }
     architectures = config_dict.get("architectures") or []
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        count = config_dict.get(key)
+        if isinstance(count, int) and count > MOST_LAYERS:
+            raise UserError(
+                f"the configuration of {where} asks for {count} layers, and a model has at most {MOST_LAYERS} here; "
+                f"correct its `{key}`"
+            )
     known = {n: t for mapping in _mappings(modeling_auto) for t, n in mapping.items()}
     if not architectures or architectures[0] not in known:
         raise UserError(
