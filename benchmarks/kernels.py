@@ -19,7 +19,6 @@ import datetime
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
@@ -33,6 +32,7 @@ from trimtab.core.level import Int
 from trimtab.kernels.bench import random_packed
 from trimtab.kernels.native import native
 from trimtab.kernels.weight import kernel_weight
+from trimtab.peers import dynamic_int8
 
 RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "kernels.jsonl"
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128, None)
@@ -90,16 +90,10 @@ def peers(module: Any, shape: tuple[int, int], inputs: tuple[int, ...], seconds:
     rows, cols = shape
     torch.set_num_threads(module.threads())
 
-    def int8() -> torch.nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain = torch.nn.Sequential(torch.nn.Linear(cols, rows, bias=False))
-            return torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)
-
     makers: dict[str, tuple[int, torch.dtype, Callable[[], torch.nn.Module]]] = {
         "torch fp32": (4, torch.float32, lambda: torch.nn.Linear(cols, rows, bias=False)),
         "torch bf16": (2, torch.bfloat16, lambda: torch.nn.Linear(cols, rows, bias=False).bfloat16()),
-        "torch dynamic int8": (1, torch.float32, int8),
+        "torch dynamic int8": (1, torch.float32, lambda: dynamic_int8(torch.nn.Linear(cols, rows, bias=False))),
     }
     for name, (width, dtype, make) in makers.items():
         size = rows * cols * width

@@ -72,7 +72,7 @@ def linears(threads: int, shape: tuple[int, int] = SHAPE, inputs: tuple[int, ...
     rows, cols = shape
     plain = torch.nn.Linear(cols, rows, bias=False)
     half = torch.nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16)
-    int8 = _dynamic(plain)
+    int8 = dynamic_int8(plain)
     packed = {t: random_packed(parse_level(t), rows, cols) for t in OURS if runs_here(parse_level(t))}
     found = []
     with threads_set(threads), torch.no_grad():
@@ -94,7 +94,8 @@ def linears(threads: int, shape: tuple[int, int] = SHAPE, inputs: tuple[int, ...
     return found
 
 
-def _dynamic(linear: Any) -> Any:
+def dynamic_int8(linear: Any) -> Any:
+    """A linear as torch quantises it to 8 bits, with inputs rounded on the fly."""
     import torch
 
     with warnings.catch_warnings():

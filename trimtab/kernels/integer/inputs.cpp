@@ -6,14 +6,13 @@
 #include <cstring>
 
 #include "base/simd.h"
+#include "linear/weight.h"
 
 namespace trimtab {
 namespace {
 
 // Columns of a span, filled up to whole chunks and vectors.
 constexpr int kMost = 512;
-
-size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Columns in steps of a vector; the last, short one is filled up with zeros.
 template <typename F>
@@ -58,17 +57,17 @@ void hadamard(float* x, int group) {
 
 size_t Inputs::bytes(const Layout& layout, int m) {
   const size_t n = static_cast<size_t>(m) * layout.spans;
-  return (layout.hadamard ? lines(sizeof(float) * m * layout.cols) : 0) + lines(4 * n * layout.vectors) + lines(4 * n) +
-         lines(4 * n * layout.join);
+  return (layout.hadamard ? whole_lines(sizeof(float) * m * layout.cols) : 0) + whole_lines(4 * n * layout.vectors) + whole_lines(4 * n) +
+         whole_lines(4 * n * layout.join);
 }
 
 Inputs::Inputs(const Layout& layout, int m, int most, std::byte* memory) : m(m), panels(Layout::ceil(m, most)) {
   const size_t n = static_cast<size_t>(m) * layout.spans;
   rotated = reinterpret_cast<float*>(memory);
-  if (layout.hadamard) memory += lines(sizeof(float) * m * layout.cols);
+  if (layout.hadamard) memory += whole_lines(sizeof(float) * m * layout.cols);
   q = reinterpret_cast<int32_t*>(memory);
-  scale = reinterpret_cast<float*>(memory += lines(4 * n * layout.vectors));
-  minus = reinterpret_cast<int32_t*>(memory + lines(4 * n));
+  scale = reinterpret_cast<float*>(memory += whole_lines(4 * n * layout.vectors));
+  minus = reinterpret_cast<int32_t*>(memory + whole_lines(4 * n));
 }
 
 void Inputs::quantise(const Layout& layout, const float* x, int ldx, const Team& team) const {

@@ -399,13 +399,13 @@ void Program::run(const int* tokens, int count, const std::vector<Segment>& segm
   }
   if (own_bytes_ == 0) {
     for (const auto& operation : operations_) own = std::max(own, operation->own_scratch());
-    own_bytes_ = (own + 63) / 64 * 64 + 64;
+    own_bytes_ = whole_lines(own) + 64;
   }
   if (scratch_threads_ != threads) {
-    for (const auto& operation : operations_) linear_scratch_ = std::max(linear_scratch_, (operation->scratch(*this) + 63) / 64 * 64 + 64);
+    for (const auto& operation : operations_) linear_scratch_ = std::max(linear_scratch_, whole_lines(operation->scratch(*this)) + 64);
     scratch_threads_ = threads;
   }
-  shared = std::max((shared + 63) / 64 * 64, linear_scratch_);
+  shared = std::max(whole_lines(shared), linear_scratch_);
   if (scratch_.size() < shared + own_bytes_ * threads) scratch_ = Buffer(shared + own_bytes_ * threads);
   s.scratch = scratch_.data();
   s.own = scratch_.data() + shared;
