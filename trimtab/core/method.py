@@ -189,7 +189,68 @@ class Pricer(Method):
         """Seconds with their spread, and the most bytes held."""
 
 
-VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in (Solver, Rewriter, Allocator, Pricer)}
+class Wrapper(Method):
+    """`wrap(module, level, *, stats) -> module`: puts trainable parameters around or into a module, whose face it
+    keeps.
+
+    What comes back has the module's inputs and outputs. Its trainable parameters are exactly those that the method
+    adds; where the card keeps `mergeable`, `merged()` gives the plain module of the same function.
+    """
+
+    verb = "wrap"
+
+    @abstractmethod
+    def wrap(self, module: nn.Module, level: Any, **stats: Any) -> nn.Module:
+        """The wrapped module; the one that was given is not changed, and its weights are shared, not copied."""
+
+
+class Optimiser(Method):
+    """`init(param)`, `step(grad, state, param)` and `state_bytes(shape)`: an update rule of one tensor.
+
+    `step` returns the direction: the driver (`trimtab.parts.stepping`, a `torch.optim.Optimizer`) applies
+    `param <- (1 - lr * decay) param - lr * direction`. State tensors are updated in place and never made anew.
+    """
+
+    verb = "step"
+
+    @abstractmethod
+    def init(self, param: Tensor) -> dict[str, Any]:
+        """The state for a parameter: tensors and numbers."""
+
+    @abstractmethod
+    def step(self, grad: Tensor, state: dict[str, Any], param: Tensor, **stats: Any) -> Tensor:
+        """The direction for a gradient, in the parameter's shape."""
+
+    @abstractmethod
+    def state_bytes(self, shape: tuple[int, ...]) -> int:
+        """Exact bytes of the state's tensors for a parameter of this shape."""
+
+
+class Objective(Method):
+    """`loss(student, teacher, batch) -> scalar`: what a training minimises; keyword-only parameters name internals that
+    it reads.
+    """
+
+    verb = "loss"
+
+    @abstractmethod
+    def loss(self, student: Tensor, teacher: Tensor | None, batch: Any, **internals: Any) -> Tensor:
+        """The mean loss of a batch, given logits `[n, classes]` of student and teacher and the labels `[n]`."""
+
+
+class Policy(Method):
+    """`decide(view) -> action`: a pure function of a frozen snapshot; the engine keeps the books and acts."""
+
+    verb = "decide"
+
+    @abstractmethod
+    def decide(self, view: Any, **extra: Any) -> Any:
+        """What to do next."""
+
+
+VERBS: dict[str, type[Method]] = {
+    cls.verb: cls for cls in (Solver, Rewriter, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy)
+}
 
 
 @cache
