@@ -37,6 +37,10 @@ STATISTICS = {
     "rewrite": {"gram", "mean", "absmean", "cosine"},
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
+    "wrap": {"gram", "mean", "absmean", "grad", "rng"},
+    "step": {"rng"},
+    "loss": {"features"},
+    "decide": {"rng"},
 }
 
 
