@@ -7,7 +7,8 @@ transformers in bf16, the same with linears that torch quantises dynamically to 
 installed, llama.cpp on the GGUF export of our 4b/g32. Figures are medians. `share_of_bandwidth` is the bytes that a
 token reads, weights and cache, times tokens a second, over the best rate at which the same threads read 1 GiB right
 before and after. Last, a process of its own for each engine loads the model from the folder and gives its
-first token. A JSON line is printed and appended to records/benchmarks/decode.jsonl.
+first token: with nothing in the cache, when our program proves itself, and then three times more. A JSON line is
+printed and appended to records/benchmarks/decode.jsonl.
 
     python benchmarks/decode.py                        # half an hour, 14 GB of memory, 5 GB of disk
     python benchmarks/decode.py --levels 4b/g32        # one level
@@ -261,11 +262,28 @@ def bandwidth(kernels: Any) -> float:
     return max(kernels.read_rates(1 << 30, 0.4))
 
 
-def cold(code: str, folder: Path) -> float:
-    """Seconds from the start of a process to the first token of the model that it loads."""
+def cold(code: str, folder: Path, cache: Path) -> float:
+    """Seconds from the start of a process, with a cache of its own, to the first token of the model that it loads."""
+    line, env = [sys.executable, "-c", code.format(str(folder))], os.environ | {"XDG_CACHE_HOME": str(cache)}
     start = time.time()
-    done = subprocess.run([sys.executable, "-c", code.format(str(folder))], capture_output=True, text=True, check=True)
+    done = subprocess.run(line, capture_output=True, text=True, check=True, env=env)
     return float(done.stdout.split()[-1]) - start
+
+
+def read_seconds(folder: Path) -> float:
+    """Seconds that reading the weights' files takes after the system was asked to forget them."""
+    files = [os.open(file, os.O_RDONLY) for file in sorted(folder.glob("*.safetensors"))]
+    for file in files:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    for file in files:
+        while os.read(file, 1 << 22):
+            pass
+    spent = time.perf_counter() - start
+    for file in files:
+        os.close(file)
+    return spent
 
 
 def rounded(number: float) -> float:
@@ -359,7 +377,10 @@ def main() -> None:
                 print(name, "prefill", engine.profile(lambda e=engine: e.prefill(prompt)), file=sys.stderr)
         engines.clear()
         for name, code, folder in starts:
-            found[name]["first_token_seconds"] = rounded(statistics.median(cold(code, folder) for _ in range(3)))
+            first, *others = (cold(code, folder, Path(temporary) / "cache") for _ in range(4))
+            found[name]["first_run_seconds"] = rounded(first)
+            found[name]["first_token_seconds"] = rounded(statistics.median(others))
+            found[name]["read_seconds"] = rounded(min(read_seconds(folder) for _ in range(3)))
     row = {
         **{"benchmark": "decode", "sizes": sizes, "threads": asked.threads},
         **{"variant": kernels.__name__.rpartition("._")[2], "prompt": PROMPT, "turns": asked.turns},

@@ -67,6 +67,15 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     return call
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the tests' own, in which nothing of the user's is found or left."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
     """One thread of torch: models this small lose by more, and a run's bytes depend on no machine's number of cores."""

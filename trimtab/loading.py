@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from trimtab.core.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from trimtab.engine.session import Runtime, Timing, Writer
+    from trimtab.engine.program import Form
+    from trimtab.engine.session import Kept, Runtime, Timing, Writer
     from trimtab.formats.packed import Packed
     from trimtab.models.artifact import Contents
 
@@ -24,8 +27,8 @@ class Loaded:
     """A model ready to run.
 
     Fields:
-        model: the module, in eval mode, fp32.
-        tokenizer: its tokenizer, or None.
+        make: makes the module, see `model`.
+        find_tokenizer: loads its tokenizer, see `tokenizer`.
         task: what it is for.
         name: where it came from.
         packed: parameter name -> reader of the packed weight, for those that it stores packed.
@@ -33,19 +36,32 @@ class Loaded:
         context: tokens that a text may have; None: as many as the model can.
         timing: how long the last text took.
         notes: sentences on what loading could not keep as it was.
+        proved: is told the form of the program that writes its text, once that has proved itself.
+        runtime: what opens sessions of it; None: made from the module when it is needed.
     """
 
-    model: nn.Module
-    tokenizer: Any
+    make: Callable[[], nn.Module]
+    find_tokenizer: Callable[[], Any]
     task: str
     name: str
     packed: Mapping[str, Callable[[], Packed]] = field(default_factory=dict)
     share: bool = False
     context: int | None = None
     timing: Timing | None = None
-    _runtime: Runtime | None = None
-    _writer: Writer | None = None
     notes: tuple[str, ...] = ()
+    proved: Callable[[Form], object] = lambda form: None
+    runtime: Runtime | Kept | None = None
+    _writer: Writer | None = None
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The module, in eval mode, fp32."""
+        return self.make()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, or None."""
+        return self.find_tokenizer()
 
     def stream(self, prompt: str, tokens: int = 64, *, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Text that goes on from the prompt, piece by piece.
@@ -53,8 +69,12 @@ class Loaded:
         Raises:
             UserError: the model writes no text, or the prompt is empty or too long.
         """
-        from trimtab.engine.session import Timing, generate
+        from trimtab.engine.session import Kept, Timing, generate
 
+        if isinstance(self.runtime, Kept):
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(lambda: self.tokenizer)  # which takes as long; an error comes again where it is used
+                self.runtime.prepare()
         ids = self._prompt(prompt)
         limit = min(self._limit(len(ids) + tokens), len(ids) + tokens)
         stop = frozenset({self.tokenizer.eos_token_id} - {None})
@@ -78,12 +98,12 @@ class Loaded:
         """What writes text of up to so many tokens; made when it is first asked for, and again for a longer text."""
         from trimtab.engine.session import Runtime
 
-        if self._runtime is None:
-            self._runtime = Runtime(self.model, self.packed, self.share)
+        if self.runtime is None:
+            self.runtime = Runtime(self.model, self.packed, self.share, proved=self.proved)
         if self._writer is None or self._writer.context < context:
             whole = self._limit(context)
             self._writer = None  # its cache makes room for the longer one
-            self._writer = self._runtime.open(self.context or min(whole, -(-context // 256) * 256))
+            self._writer = self.runtime.open(self.context or min(whole, -(-context // 256) * 256))
         return self._writer
 
     @property
@@ -91,11 +111,15 @@ class Loaded:
         """What wrote the last text: the kernels and their threads, or torch and its."""
         import torch
 
-        return self._runtime.engine if self._runtime is not None else f"torch, {torch.get_num_threads()} threads"
+        return self.runtime.engine if self.runtime is not None else f"torch, {torch.get_num_threads()} threads"
 
     def _limit(self, asked: int) -> int:
         """Tokens that a text may have; where neither model nor user set a limit, as many as asked for."""
-        own = getattr(self.model.config, "max_position_embeddings", None) or asked
+        from trimtab.engine.session import Kept
+
+        kept = self.runtime.form if isinstance(self.runtime, Kept) else None
+        own = kept.limit if kept else getattr(self.model.config, "max_position_embeddings", None)
+        own = own or asked
         return min(own, self.context or own)
 
     def _prompt(self, prompt: str) -> list[int]:
@@ -132,7 +156,11 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False, ke
     Raises:
         UserError: there is nothing of that name, or it is damaged.
     """
-    from trimtab.models.artifact import build, is_artifact, open_artifact, use_kernels
+    from trimtab.engine.kept import keep, kept
+    from trimtab.engine.program import Weights
+    from trimtab.engine.session import Kept
+    from trimtab.kernels.native import native
+    from trimtab.models.artifact import ContentsStore, build, is_artifact, open_artifact, use_kernels
     from trimtab.models.quantised import is_quantised, open_quantised
     from trimtab.models.source import open_source
 
@@ -143,23 +171,52 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False, ke
             opened = open_quantised(path)
             module = build(opened.contents, opened.skeleton, packed=packed)
             task = opened.contents.manifest["task"]
-            loaded = Loaded(module, opened.tokenizer(), task, str(path), opened.contents.packed, packed)
+            loaded = _loaded(module, opened.tokenizer(), task, str(path), opened.contents.packed, packed)
             loaded.notes = tuple(opened.notes)
             return loaded
         source = open_source(str(path))
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
-        return Loaded(source.materialise(), tokenizer, source.task, source.name)
+        return _loaded(source.materialise(), tokenizer, source.task, source.name)
     contents = open_artifact(path)
     _check_memory(contents, packed)
+    task = contents.manifest["task"]
+    key = _key(contents) if task == "causal-lm" and packed and not model else None
+    if key and (form := kept(key)) is not None:
+        runtime = Kept(form, Weights(native(), ContentsStore(contents), form.matrices))
+        make, tokenizer = partial(build, contents, packed=packed), partial(_tokenizer, contents.folder)
+        return Loaded(make, tokenizer, task, str(path), contents.packed, packed, runtime=runtime)
     module = build(contents, open_source(model).skeleton if model else None, packed=packed)
-    if kernels and contents.manifest["task"] != "causal-lm":
+    if kernels and task != "causal-lm":
         use_kernels(module, contents)
-    tokenizer = None
-    if (contents.folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
+    loaded = _loaded(module, _tokenizer(contents.folder), task, str(path), packed=contents.packed, share=packed)
+    if key:
+        loaded.proved = partial(keep, key)
+    return loaded
 
-        tokenizer = AutoTokenizer.from_pretrained(contents.folder, local_files_only=True, trust_remote_code=False)
-    return Loaded(module, tokenizer, contents.manifest["task"], str(path), packed=contents.packed, share=packed)
+
+def _loaded(module: nn.Module, tokenizer: Any, *rest: Any, **options: Any) -> Loaded:
+    return Loaded(lambda: module, lambda: tokenizer, *rest, **options)
+
+
+def _key(contents: Contents) -> str | None:
+    """What the form of an artifact's program is kept under; None where no program runs here."""
+    from trimtab.engine import kept
+    from trimtab.kernels.native import native
+    from trimtab.models.artifact import MANIFEST
+
+    files = [contents.folder / name for name in (MANIFEST, "config.json")]
+    kernels = native()
+    if kernels is None or not all(file.is_file() for file in files):
+        return None
+    return kept.key(kernels, [file.read_text("utf-8") for file in files])
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _check_memory(contents: Contents, packed: bool) -> None:

@@ -5,8 +5,8 @@ run it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ ACTIVATIONS = {  # the names that configurations use, and the kernels'
     "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
+PROOF = 16  # positions, and tokens, that a program and torch must agree on
 FIXED_ROPE = {"default", "linear", "llama3", "yarn"}  # angles that do not change as a text grows
 
 
@@ -32,14 +33,41 @@ class Unknown(Exception):
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """Where a site's weight `[rows, cols]` is: the name of its parameter, of tied ones the first, stored transposed or
+    not.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    transposed: bool
+    kind: str
+
+
+@dataclass(frozen=True)
 class Scale:
-    """A normalisation: `rms` or layer, over each of `groups` runs of channels."""
+    """A normalisation: `rms` or layer, over each of `groups` runs of channels, by `offset` + the named parameter."""
 
     rms: bool
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: str | None
+    bias: str | None
     eps: float
     groups: int = 1
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Angles of positions: `factor` times cosine and sine of position times each of the frequencies."""
+
+    frequencies: tuple[float, ...]
+    factor: float
+
+    def angles(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[positions, frequencies]`."""
+        angle = torch.arange(positions).float()[:, None] * torch.tensor(self.frequencies)
+        return angle.cos() * self.factor, angle.sin() * self.factor
 
 
 @dataclass(frozen=True)
@@ -72,7 +100,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Form:
-    """All that a program needs to know of a model but its weights.
+    """All that a program needs to know of a model but its weights: plain data, see `trimtab.engine.kept`.
 
     Fields:
         embed, position, head: paths; `position` is None where there is no table of positions.
@@ -80,8 +108,9 @@ class Form:
         embed_scale: factor of the embeddings.
         branches: in forward order.
         norm: the last one, or None.
-        rotary: gives cosines and sines `[positions, pairs]` of so many positions, or None.
+        rotary: angles of positions, or None.
         limit: positions that the model knows, or None.
+        matrices: path -> where its weight is.
     """
 
     width: int
@@ -93,14 +122,21 @@ class Form:
     branches: tuple[Heads | Gate, ...]
     norm: Scale | None
     head: str
-    rotary: Callable[[int], tuple[Tensor, Tensor]] | None
+    rotary: Rotary | None
     limit: int | None
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+
+    @property
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of the weights, those together that are one weight for the kernels."""
+        tables = [(path,) for path in (self.embed, self.position) if path is not None]
+        inner = [paths for branch in self.branches for paths in (branch.inputs, (branch.output,))]
+        return (*tables, *inner, (self.head,))
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Paths of all weights."""
-        inner = [path for branch in self.branches for path in (*branch.inputs, branch.output)]
-        return tuple(p for p in (self.embed, self.position, *inner, self.head) if p is not None)
+        return tuple(path for paths in self.products for path in paths)
 
     def cache_bytes(self, context: int, sequences: int = 1, width: int = 2) -> int:
         """Bytes of the keys and values of so many sequences."""
@@ -119,6 +155,7 @@ def form_of(model: nn.Module, found: ModelMap) -> Form:
     """
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     norms = {norm.path: norm for norm in found.norms}
+    matrices = matrices_of(found)
     embed, head = (_one(found, role) for role in ("embed", "lm_head"))
     position = _one(found, "position", missing=True)
     doors = {sublayer.norm for sublayer in found.sublayers}
@@ -142,9 +179,9 @@ def form_of(model: nn.Module, found: ModelMap) -> Form:
             raise Unknown(f"the branch {sublayer.path}, of kind {sublayer.kind}")
     if attentions:
         raise Unknown(f"an attention outside the residual branches, at {attentions[0].q}")
-    return Form(
-        found.site(embed).shape[1],
-        found.site(head).shape[0],
+    form = Form(
+        matrices[embed].cols,
+        matrices[head].rows,
         embed,
         float(getattr(model.get_submodule(embed), "embed_scale", 1.0)),
         position,
@@ -155,6 +192,17 @@ def form_of(model: nn.Module, found: ModelMap) -> Form:
         rotary,
         getattr(config, "max_position_embeddings", None),
     )
+    return replace(form, matrices={path: matrices[path] for path in form.sites})
+
+
+def matrices_of(found: ModelMap) -> dict[str, Matrix]:
+    """Where the weight of each site is."""
+    first = {name: names[0] for names in found.tied for name in names}
+    made = {}
+    for site in found.sites:
+        name, (rows, cols) = f"{site.path}.weight", site.shape[:2]
+        made[site.path] = Matrix(first.get(name, name), rows, cols, site.transposed, site.kind)
+    return made
 
 
 def _one(found: ModelMap, role: str, missing: bool = False) -> Any:
@@ -173,11 +221,7 @@ def _scale(model: nn.Module, norm: Norm, groups: int = 1) -> Scale:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if norm.kind not in ("rms", "layer") or eps is None:
         raise Unknown(f"the norm {norm.path}, of kind {norm.kind}")
-    weight = model.get_parameter(norm.weight).detach().float() if norm.weight else None
-    bias = model.get_parameter(norm.bias).detach().float() if norm.bias else None
-    if norm.offset:
-        weight = norm.offset + weight if weight is not None else None
-    return Scale(norm.kind == "rms", weight, bias, float(eps), groups)
+    return Scale(norm.kind == "rms", norm.weight, norm.bias, float(eps), groups, norm.offset)
 
 
 def _heads(
@@ -223,23 +267,78 @@ def _gate(found: ModelMap, sublayer: Sublayer, norm: Scale, config: Any) -> Gate
     return Gate(norm, inputs, output, width, "up" not in roles or "gate" in roles, ACTIVATIONS[name])
 
 
-def _rotary(model: nn.Module) -> Callable[[int], tuple[Tensor, Tensor]] | None:
-    """Angles as the model's own module of them gives them."""
+def _rotary(model: nn.Module) -> Rotary | None:
+    """The angles of the model's own module of them, whose outputs they must be."""
     owners = [module for module in model.modules() if "inv_freq" in dict(module.named_buffers(recurse=False))]
     if not owners:
         return None
     kind = getattr(owners[0], "rope_type", "default")
     if len(owners) > 1 or kind not in FIXED_ROPE:
         raise Unknown(f"rotary angles of type {kind}, in {len(owners)} places")
-
-    def angles(positions: int) -> tuple[Tensor, Tensor]:
-        cosine, sine = owners[0](torch.zeros(1), torch.arange(positions)[None])
-        return cosine[0, :, : cosine.shape[-1] // 2].float(), sine[0, :, : sine.shape[-1] // 2].float()
-
-    return angles
+    frequencies: Any = owners[0].inv_freq
+    rotary = Rotary(tuple(frequencies.float().tolist()), float(getattr(owners[0], "attention_scaling", 1.0)))
+    theirs = owners[0](torch.zeros(1), torch.arange(PROOF)[None])
+    for ours, other in zip(rotary.angles(PROOF), theirs, strict=True):
+        if not torch.allclose(ours, other[0, :, : other.shape[-1] // 2].float(), atol=1e-6):
+            raise Unknown(f"rotary angles of type {kind} that are not those of its frequencies")
+    return rotary
 
 
 # ---- weights
+
+
+class Store(Protocol):
+    """What holds a model's parameters."""
+
+    def matrix(self, at: Matrix) -> Packed | Tensor:
+        """What is stored of a weight, `[out, in]`."""
+
+    def is_packed(self, at: Matrix) -> bool:
+        """Whether it is packed."""
+
+    def nbytes(self, at: Matrix) -> int:
+        """About how many bytes the kernels will hold of it."""
+
+    def vector(self, name: str) -> Tensor | None:
+        """A parameter of one dimension, fp32; None where there is none of that name."""
+
+
+class ModuleStore:
+    """A module's own parameters.
+
+    Args:
+        packed: parameter name -> reader of the packed weight, for those that an artifact stores packed.
+    """
+
+    def __init__(self, model: nn.Module, packed: Mapping[str, Callable[[], Packed]]) -> None:
+        self.model, self.packed = model, packed
+
+    def _held(self, at: Matrix) -> Any:
+        return getattr(self.model.get_submodule(at.name.removesuffix(".weight")), "packed", None)
+
+    def matrix(self, at: Matrix) -> Packed | Tensor:
+        """What is stored of a weight, `[out, in]`."""
+        if isinstance(held := self._held(at), Packed):
+            return held
+        if at.name in self.packed:
+            return self.packed[at.name]()
+        weight = self.model.get_parameter(at.name).detach()
+        return weight.T if at.transposed else weight
+
+    def is_packed(self, at: Matrix) -> bool:
+        """Whether it is packed."""
+        return isinstance(self._held(at), Packed) or at.name in self.packed
+
+    def nbytes(self, at: Matrix) -> int:
+        """About how many bytes the kernels will hold of it."""
+        stored = self.matrix(at) if self.is_packed(at) else None
+        return stored.nbytes if isinstance(stored, Packed) else 2 * at.rows * at.cols
+
+    def vector(self, name: str) -> Tensor | None:
+        """A parameter of one dimension, fp32; None where there is none of that name."""
+        path, _, key = name.rpartition(".")
+        found = getattr(self.model.get_submodule(path), key, None)
+        return None if found is None else found.detach().float()
 
 
 class Weights:
@@ -247,51 +346,51 @@ class Weights:
 
     Args:
         kernels: the compiled kernels, or None for plain torch.
-        packed: parameter name -> reader of the packed weight, for those that an artifact stores packed.
+        store: holds them as they are stored.
+        matrices: path -> where its weight is.
     """
 
-    def __init__(
-        self, kernels: Any, model: nn.Module, found: ModelMap, packed: Mapping[str, Callable[[], Packed]]
-    ) -> None:
-        self.kernels, self.model, self.packed = kernels, model, packed
-        self.sites = {site.path: site for site in found.sites}
-        self.first = {name: names[0] for names in found.tied for name in names}
+    def __init__(self, kernels: Any, store: Store, matrices: Mapping[str, Matrix]) -> None:
+        self.kernels, self.store, self.matrices = kernels, store, matrices
         self.made: dict[tuple[str, ...], Any] = {}
         self.users: dict[tuple[str, ...], Any] = {}  # paths -> the weight that holds their rows one above the other
 
     def get(self, paths: tuple[str, ...]) -> Any:
         """One weight for all of these, their rows one above the other; without kernels it is for one path."""
-        keys = tuple(self.first.get(f"{path}.weight", f"{path}.weight") for path in paths)
+        keys = tuple(self.matrices[path].name for path in paths)
         if keys not in self.made:
-            parts: list[Any] = [self._matrix(path) for path in paths]
+            parts: list[Any] = [self.store.matrix(self.matrices[path]) for path in paths]
             self.made[keys] = PlainWeight(*parts) if self.kernels is None else weight_of(self.kernels, parts)
         self.users[paths] = self.made[keys]
         return self.made[keys]
 
     def bias(self, paths: tuple[str, ...]) -> np.ndarray | None:
         """The biases of a weight, end to end; zero where one has none and another has."""
-        found = [getattr(self.model.get_submodule(path), "bias", None) for path in paths]
+        found = [self.store.vector(f"{path}.bias") for path in paths]
         if all(b is None for b in found):
             return None
-        parts = [
-            torch.zeros(self.sites[path].shape[0]) if b is None else b.detach().float()
-            for path, b in zip(paths, found, strict=True)
-        ]
-        return torch.cat(parts).numpy()
+        pairs = zip(paths, found, strict=True)
+        return torch.cat([torch.zeros(self.matrices[path].rows) if b is None else b for path, b in pairs]).numpy()
+
+    def scale(self, scale: Scale) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Factors and shifts of a norm."""
+        factors, shifts = (None if name is None else self.store.vector(name) for name in (scale.weight, scale.bias))
+        if factors is not None and scale.offset:
+            factors = scale.offset + factors
+        return None if factors is None else factors.numpy(), None if shifts is None else shifts.numpy()
 
     def is_packed(self, path: str) -> bool:
         """Whether a site's weight is packed."""
-        held = getattr(self.model.get_submodule(path), "packed", None)
-        return isinstance(held, Packed) or self.first.get(f"{path}.weight", f"{path}.weight") in self.packed
+        return self.store.is_packed(self.matrices[path])
 
-    def forwards(self) -> dict[str, Callable[[Tensor], Tensor]]:
+    def forwards(self, model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
         """path -> a forward of the module there with the weight that was made for it."""
         made: dict[str, Callable[[Tensor], Tensor]] = {}
         for paths, weight in self.users.items():
             first = 0
             for path in paths:
-                rows = self.sites[path].shape[0]
-                module = self.model.get_submodule(path)
+                rows = self.matrices[path].rows
+                module = model.get_submodule(path)
                 if not isinstance(module, nn.Embedding):
                     made[path] = _linear(module, weight, first, rows)
                 elif type(module).forward is nn.Embedding.forward:
@@ -301,30 +400,14 @@ class Weights:
 
     def nbytes(self, paths: Iterable[str]) -> int:
         """About how many bytes the weights at these paths take."""
-        total = 0
-        for name in {self.first.get(f"{path}.weight", f"{path}.weight"): path for path in paths}.values():
-            shape = self.sites[name].shape
-            packed = self._matrix(name) if self.is_packed(name) else None
-            total += packed.nbytes if isinstance(packed, Packed) else 2 * shape[0] * shape[1]
-        return total
+        stored = {self.matrices[path].name: self.matrices[path] for path in paths}
+        return sum(self.store.nbytes(at) for at in stored.values())
 
     def read_bytes(self, form: Form) -> int:
         """Bytes of weights that a step reads: all of those made but the tables that it looks rows up in."""
         tables = (form.embed, form.position)
         read = {id(weight): weight.nbytes for paths, weight in self.users.items() if paths[0] not in tables}
         return sum(read.values())
-
-    def _matrix(self, path: str) -> Packed | Tensor:
-        """What is stored for a site, `[out, in]`."""
-        module = self.model.get_submodule(path)
-        held = getattr(module, "packed", None)
-        if isinstance(held, Packed):
-            return held
-        reader = self.packed.get(self.first.get(f"{path}.weight", f"{path}.weight"))
-        if reader is not None:
-            return reader()
-        weight = module.get_parameter("weight").detach()
-        return weight.T if self.sites[path].transposed else weight
 
 
 class PlainWeight:
@@ -386,11 +469,10 @@ def compile_form(
     attending = [b for b in form.branches if isinstance(b, Heads)]
     mixed = p.buffer(max((b.heads * b.size for b in attending), default=1))
     hidden = p.buffer(max([wide, *[(b.heads + 2 * b.kv_heads) * b.size for b in attending]]))
-    angles = p.angles(*(t.contiguous().numpy() for t in form.rotary(context))) if form.rotary else None
+    angles = p.angles(*(t.contiguous().numpy() for t in form.rotary.angles(context))) if form.rotary else None
 
     def norm(scale: Scale, source: Any, out: Any, add: Any = None) -> None:
-        vectors = [None if v is None else v.numpy() for v in (scale.weight, scale.bias)]
-        p.norm(source, out, add, scale.rms, *vectors, scale.eps, scale.groups)
+        p.norm(source, out, add, scale.rms, *weights.scale(scale), scale.eps, scale.groups)
 
     def product(source: Any, out: Any, paths: tuple[str, ...]) -> None:
         weight = weights.get(paths)

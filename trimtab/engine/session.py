@@ -17,14 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.engine.program import Form, Unknown, Weights, compile_form, form_of
+from trimtab.engine.program import (
+    PROOF,
+    Form,
+    ModuleStore,
+    Unknown,
+    Weights,
+    compile_form,
+    form_of,
+    matrices_of,
+)
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
 
 if TYPE_CHECKING:
     from trimtab.core.modelmap import ModelMap
 
-PROOF = 16  # tokens that a program and torch must agree on
 AGREE = 1e-4  # by how much of the largest logit they may differ
 ROUNDED = 5e-2  # the same where activations are rounded to 8 bits, which on a tie goes either way
 
@@ -187,6 +195,7 @@ class Runtime:
         packed: parameter name -> reader of the packed weight, for those that an artifact stores packed.
         share: the module's own weights give way to those of the kernels, so that they are in memory once.
         plain: run on torch even where there are kernels.
+        proved: is told the form when its program has proved itself.
 
     Attributes:
         reason: why the model runs on torch; empty where a program runs it.
@@ -198,12 +207,13 @@ class Runtime:
         packed: Mapping[str, Callable[[], Packed]] | None = None,
         share: bool = False,
         plain: bool = False,
+        proved: Callable[[Form], object] = lambda form: None,
     ) -> None:
-        self.model, self.share = model, share
+        self.model, self.share, self.tell = model, share, proved
         self.kernels = None if plain else native()
         self.reason = "there are no compiled kernels" if self.kernels is None else ""
         found = map_of(model)
-        self.weights = Weights(self.kernels, model, found, packed or {})
+        self.weights = Weights(self.kernels, ModuleStore(model, packed or {}), matrices_of(found))
         self.form: Form | None = None
         if self.kernels is not None:
             try:
@@ -230,28 +240,69 @@ class Runtime:
             try:
                 prove(self.model, self.form, self.weights)
                 self.proved = True
+                self.tell(self.form)
             except Unknown as unknown:
                 self._refuse(unknown)
         if self.form is None:
-            for site in self.weights.sites.values():
-                if self.weights.is_packed(site.path) and site.kind != "embedding":
-                    self.weights.get((site.path,))
-            return TorchSession(self.model, self.weights.forwards(), context)
+            for path, matrix in self.weights.matrices.items():
+                if self.weights.is_packed(path) and matrix.kind != "embedding":
+                    self.weights.get((path,))
+            return TorchSession(self.model, self.weights.forwards(self.model), context)
         if self.share:
             give_way(self.model, self.weights)
-        sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
-        return Session(*compile_form(self.form, self.weights, **sizes, cache=cache))
+        return _session(self.form, self.weights, context, sequences, chunk, cache)
 
     @property
     def engine(self) -> str:
         """What runs its sessions: the kernels and their threads, or torch and its."""
-        if self.form is None or self.kernels is None:
-            return f"torch, {torch.get_num_threads()} threads"
-        return f"{self.kernels.__name__.rpartition('_')[2]} kernels, {self.kernels.threads()} threads"
+        return f"torch, {torch.get_num_threads()} threads" if self.form is None else _said(self.kernels)
 
     def _refuse(self, unknown: Unknown) -> None:
         self.form, self.reason = None, f"it has {unknown}"
         print(f"no program was made for this model, so it runs on torch, slower: {self.reason}", file=sys.stderr)
+
+
+class Kept:
+    """A causal language model whose program proved itself before: opens sessions from its stored weights alone, without
+    a module.
+
+    Args:
+        weights: those of the form's matrices.
+    """
+
+    def __init__(self, form: Form, weights: Weights) -> None:
+        self.form, self.weights = form, weights
+
+    def prepare(self) -> None:
+        """Read all weights and interleave them for the kernels."""
+        for paths in self.form.products:
+            self.weights.get(paths)
+
+    def open(self, context: int, *, sequences: int = 1, chunk: int = 256, cache: str = "fp16") -> Writer:
+        """A session, see `Runtime.open`.
+
+        Raises:
+            UserError: it does not fit into the memory that is free, or what is stored is not of the form's shapes.
+        """
+        check_memory(self.form, self.weights, context, sequences, bool(self.weights.made))
+        try:
+            return _session(self.form, self.weights, context, sequences, chunk, cache)
+        except ValueError as error:
+            raise UserError(f"the stored weights are not those of the model's configuration: {error}") from error
+
+    @property
+    def engine(self) -> str:
+        """What runs its sessions: the kernels and their threads."""
+        return _said(self.weights.kernels)
+
+
+def _session(form: Form, weights: Weights, context: int, sequences: int, chunk: int, cache: str) -> Session:
+    sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
+    return Session(*compile_form(form, weights, **sizes, cache=cache))
+
+
+def _said(kernels: Any) -> str:
+    return f"{kernels.__name__.rpartition('_')[2]} kernels, {kernels.threads()} threads"
 
 
 def map_of(model: nn.Module) -> ModelMap:
@@ -288,7 +339,7 @@ def prove(model: nn.Module, form: Form, weights: Weights) -> None:
     found = [session.outputs(tokens[i : i + 7].tolist()) for i in range(0, length - 4, 7)]
     done = sum(len(part) for part in found)
     found += [session.outputs([token]) for token in tokens[done:].tolist()]
-    with lent(model, weights.forwards()):
+    with lent(model, weights.forwards(model)):
         expected = model(input_ids=tokens[None]).logits[0].float()
     error = float((expected - torch.cat(found)).abs().max() / expected.abs().max().clamp_min(1e-12))
     rounded = any(weights.is_packed(path) for path in form.sites)
@@ -315,7 +366,7 @@ def lent(model: nn.Module, forwards: Mapping[str, Callable[[Tensor], Tensor]]) -
 
 def give_way(model: nn.Module, weights: Weights) -> None:
     """From now on modules use the kernels' weights, and let go of their own."""
-    for path, forward in weights.forwards().items():
+    for path, forward in weights.forwards(model).items():
         module = model.get_submodule(path)
         module.forward = forward  # type: ignore[assignment]
         if isinstance(getattr(module, "packed", None), Packed):

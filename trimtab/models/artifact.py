@@ -26,6 +26,7 @@ from trimtab.models.source import fill, skeleton_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from trimtab.engine.program import Matrix
     from trimtab.formats.checkpoint import Checkpoint
 
 FORMAT = 1
@@ -173,6 +174,49 @@ def dense_parameter(contents: Contents, name: str) -> Tensor:
     return weight.reshape(row["shape"])
 
 
+class ContentsStore:
+    """Parameters read from an artifact's files, for a program that needs no module (`trimtab.engine.program.Store`)."""
+
+    def __init__(self, contents: Contents) -> None:
+        self.contents = contents
+
+    def matrix(self, at: Matrix) -> Packed | Tensor:
+        """What is stored of a weight, `[out, in]`."""
+        if self.is_packed(at):
+            return self.contents.packed[at.name]()
+        weight = self.contents.read(at.name)
+        weight = weight.T if at.transposed else weight
+        if weight.shape != (at.rows, at.cols):
+            raise UserError(
+                f"{self.contents.folder} is damaged: {at.name} has shape {tuple(weight.shape)}, and the model's "
+                f"configuration says {(at.rows, at.cols)}; fit the model again"
+            )
+        return weight
+
+    def is_packed(self, at: Matrix) -> bool:
+        """Whether it is packed."""
+        return at.name in self.contents.packed
+
+    def nbytes(self, at: Matrix) -> int:
+        """About how many bytes the kernels will hold of it."""
+        level = self.contents.manifest["packed"][at.name]["level"] if self.is_packed(at) else "bf16"
+        return parse_level(level).bytes((at.rows, at.cols))
+
+    def vector(self, name: str) -> Tensor | None:
+        """A parameter of one dimension, fp32; None where there is none of that name."""
+        stored = self.contents.read(name).float() if name in self.contents.dense else None
+        path, _, key = name.rpartition(".")
+        shift = _shift(self.contents, f"{path}.weight") if key == "bias" else None
+        return stored if shift is None else shift if stored is None else stored + shift
+
+
+def _shift(contents: Contents, name: str) -> Tensor | None:
+    """What a packed weight adds to its module's bias, where its level stores that."""
+    row = contents.manifest["packed"].get(name)
+    stored = row is not None and "bias" in tensor_names(parse_level(row["level"]))
+    return contents.packed[name]().bias() if stored else None
+
+
 def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None, packed: bool = False) -> nn.Module:
     """The artifact's module with its weights, in eval mode, in fp32.
 
@@ -196,11 +240,7 @@ def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None, p
 
     fill(model, names, read)
     for name in contents.packed:
-        shift = (
-            contents.packed[name]().bias()
-            if "bias" in tensor_names(parse_level(contents.manifest["packed"][name]["level"]))
-            else None
-        )
+        shift = _shift(contents, name)
         if shift is not None:
             module = model.get_submodule(name.rpartition(".")[0])
             if not hasattr(module, "weight"):

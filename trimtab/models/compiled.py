@@ -54,7 +54,7 @@ def scores(writer: Session, tokens: Tensor, labels: Tensor) -> Scores:
     """Scores of items, each a text of its own."""
     import torch
 
-    from trimtab.engine.session import PROOF
+    from trimtab.engine.program import PROOF
     from trimtab.tasks.base import Scores
     from trimtab.tasks.causal_lm import CausalLM
 
