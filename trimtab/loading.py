@@ -16,6 +16,7 @@ from trimtab.core.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from trimtab.engine.adapters import Bank
     from trimtab.engine.program import Form
     from trimtab.engine.session import Kept, Runtime, Timing, Writer
     from trimtab.formats.packed import Packed
@@ -38,6 +39,7 @@ class Loaded:
         notes: sentences on what loading could not keep as it was.
         proved: is told the form of the program that writes its text, once that has proved itself.
         runtime: what opens sessions of it; None: made from the module when it is needed.
+        bank: its adapters, or None.
     """
 
     make: Callable[[], nn.Module]
@@ -51,6 +53,7 @@ class Loaded:
     notes: tuple[str, ...] = ()
     proved: Callable[[Form], object] = lambda form: None
     runtime: Runtime | Kept | None = None
+    bank: Bank | None = None
     _writer: Writer | None = None
 
     @cached_property
@@ -63,11 +66,19 @@ class Loaded:
         """Its tokenizer, or None."""
         return self.find_tokenizer()
 
-    def stream(self, prompt: str, tokens: int = 64, *, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
-        """Text that goes on from the prompt, piece by piece.
+    def stream(
+        self,
+        prompt: str,
+        tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        adapter: str | None = None,
+    ) -> Iterator[str]:
+        """Text that goes on from the prompt, piece by piece, through one of the adapters or none.
 
         Raises:
-            UserError: the model writes no text, or the prompt is empty or too long.
+            UserError: the model writes no text, the prompt is empty or too long, or there is no such adapter.
         """
         from trimtab.engine.session import Kept, Timing, generate
 
@@ -81,8 +92,10 @@ class Loaded:
         new: list[int] = []
         shown = known = 0  # tokens whose text is out; the last are decoded again, for a word to know its neighbour
         self.timing = Timing()
+        writer = self.writer(limit)
+        writer.use(0, adapter)
         for token in generate(
-            self.writer(limit), ids, limit - len(ids), stop=stop, temperature=temperature, seed=seed, timing=self.timing
+            writer, ids, limit - len(ids), stop=stop, temperature=temperature, seed=seed, timing=self.timing
         ):
             new.append(token)
             said, text = self.tokenizer.decode(new[shown:known]), self.tokenizer.decode(new[shown:])
@@ -90,21 +103,40 @@ class Loaded:
                 yield text[len(said) :]
                 shown, known = known, len(new)
 
-    def generate(self, prompt: str, tokens: int = 64, *, temperature: float = 0.0, seed: int = 0) -> str:
-        """The text that goes on from the prompt."""
-        return "".join(self.stream(prompt, tokens, temperature=temperature, seed=seed))
+    def generate(self, prompt: str, tokens: int = 64, **options: Any) -> str:
+        """The text that goes on from the prompt; see `stream` for the options."""
+        return "".join(self.stream(prompt, tokens, **options))
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Take in a LoRA adapter in PEFT's format, for texts to be written through; never merged into the weights.
+
+        Raises:
+            UserError: it is no such adapter, or one of another model.
+        """
+        from trimtab.formats.peft import read_adapter
+
+        if self.task != "causal-lm":
+            raise UserError(f"{self.name} is for {self.task}; adapters are for causal language models")
+        adapter = read_adapter(folder)
+        if self.bank is None:
+            self.bank, self._writer = self._opened().bank(), None
+        self.bank.add(name, adapter)
 
     def writer(self, context: int) -> Writer:
         """What writes text of up to so many tokens; made when it is first asked for, and again for a longer text."""
+        runtime = self._opened()
+        if self._writer is None or self._writer.context < context:
+            whole = self._limit(context)
+            self._writer = None  # its cache makes room for the longer one
+            self._writer = runtime.open(self.context or min(whole, -(-context // 256) * 256), bank=self.bank)
+        return self._writer
+
+    def _opened(self) -> Runtime | Kept:
         from trimtab.engine.session import Runtime
 
         if self.runtime is None:
             self.runtime = Runtime(self.model, self.packed, self.share, proved=self.proved)
-        if self._writer is None or self._writer.context < context:
-            whole = self._limit(context)
-            self._writer = None  # its cache makes room for the longer one
-            self._writer = self.runtime.open(self.context or min(whole, -(-context // 256) * 256))
-        return self._writer
+        return self.runtime
 
     @property
     def engine(self) -> str:

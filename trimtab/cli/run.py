@@ -23,6 +23,7 @@ def command(
     packed: Annotated[
         bool, typer.Option("--packed/--unpacked", help="keep weights packed in memory: least memory")
     ] = True,
+    adapter: Annotated[str | None, typer.Option(help="folder of a LoRA adapter as PEFT saves it")] = None,
     json: o.Json = False,
 ) -> None:
     """Load and run it here."""
@@ -43,9 +44,12 @@ def command(
     loaded.share, loaded.context = packed, context
     for note in loaded.notes:
         print(note, file=sys.stderr)
+    if adapter is not None:
+        loaded.add_adapter("adapter", adapter)
     ready = time.perf_counter()
     text = ""
-    for piece in loaded.stream(prompt, tokens, temperature=temperature, seed=seed):
+    name = None if adapter is None else "adapter"
+    for piece in loaded.stream(prompt, tokens, temperature=temperature, seed=seed, adapter=name):
         if not json:
             print(piece if text else prompt + piece, end="", flush=True)
         text += piece

@@ -19,6 +19,7 @@ from trimtab.kernels.weight import weight_of
 
 if TYPE_CHECKING:
     from trimtab.core.modelmap import Attention, ModelMap, Norm, Sublayer
+    from trimtab.engine.adapters import Bank
 
 ACTIVATIONS = {  # the names that configurations use, and the kernels'
     "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
@@ -453,7 +454,15 @@ def _looked_up(weight: Any) -> Callable[[Tensor], Tensor]:
 
 
 def compile_form(
-    form: Form, weights: Weights, *, rows: int, outputs: int, sequences: int, context: int, cache: str
+    form: Form,
+    weights: Weights,
+    *,
+    rows: int,
+    outputs: int,
+    sequences: int,
+    context: int,
+    cache: str,
+    bank: Bank | None = None,
 ) -> tuple[Any, Any]:
     """The program, and the slice of it that holds the logits.
 
@@ -462,8 +471,11 @@ def compile_form(
         outputs: tokens whose logits a step gives at most.
         sequences, context: texts that are written at once, and tokens that each may have.
         cache: `fp16`, `bf16` or `fp32`: how keys and values are stored.
+        bank: adapters that sequences may use.
     """
     p = weights.kernels.Program(rows, outputs, sequences, context)
+    if bank is not None:
+        p.adapt(bank.pool)
     x, h, y = (p.buffer(form.width) for _ in range(3))
     wide = max((b.width * (1 + b.gated) for b in form.branches if isinstance(b, Gate)), default=1)
     attending = [b for b in form.branches if isinstance(b, Heads)]
@@ -476,7 +488,8 @@ def compile_form(
 
     def product(source: Any, out: Any, paths: tuple[str, ...]) -> None:
         weight = weights.get(paths)
-        p.linear(source, out.part(0, weight.rows), weight, weights.bias(paths))
+        parts = [] if bank is None else bank.parts(paths)
+        p.linear(source, out.part(0, weight.rows), weight, weights.bias(paths), parts)
 
     p.embed(x, weights.get((form.embed,)), form.embed_scale)
     if form.position is not None:

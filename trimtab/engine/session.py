@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.engine.adapters import MOST, Bank, half
 from trimtab.engine.program import (
     PROOF,
     Form,
@@ -51,14 +52,18 @@ class Writer(Protocol):
     def forget(self, sequence: int, length: int = 0) -> None:
         """Drop all tokens of a sequence but the first `length`."""
 
+    def use(self, sequence: int, adapter: str | None) -> None:
+        """From now on tokens of the sequence go through this adapter of the bank, or through none."""
+
 
 class Session:
     """A compiled program and how far each of its sequences has come."""
 
-    def __init__(self, program: Any, head: Any) -> None:
-        self.program, self.head = program, head
+    def __init__(self, program: Any, head: Any, bank: Bank | None = None) -> None:
+        self.program, self.head, self.bank = program, head, bank
         self.context: int = program.context
         self.lengths = [0] * program.sequences
+        self.adapters: dict[int, str] = {}
 
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
         """Logits `[vocabulary]` after these tokens, taken in chunks of as many as the program has rows."""
@@ -78,6 +83,10 @@ class Session:
         """Drop all tokens of a sequence but the first `length`."""
         self.lengths[sequence] = min(self.lengths[sequence], length)
 
+    def use(self, sequence: int, adapter: str | None) -> None:
+        """From now on tokens of the sequence go through this adapter of the bank, or through none."""
+        _use(self.bank, self.adapters, sequence, adapter)
+
     def outputs(self, tokens: Sequence[int]) -> Tensor:
         """Logits `[tokens, vocabulary]` after each of these tokens of sequence 0."""
         return torch.from_numpy(self._run(tokens, [0], [len(tokens)], every=True).copy())
@@ -85,7 +94,8 @@ class Session:
     def _run(self, tokens: Sequence[int], sequences: list[int], counts: list[int], every: bool = False) -> np.ndarray:
         starts = [self.lengths[s] for s in sequences]
         numbers = [np.array(n, np.int32) for n in (tokens, sequences, starts, counts)]
-        logits = self.program.run(self.head, *numbers, every)
+        adapters = [] if self.bank is None else [self.bank.number(self.adapters.get(s)) for s in sequences]
+        logits = self.program.run(self.head, *numbers, every, adapters)
         for sequence, count in zip(sequences, counts, strict=True):
             self.lengths[sequence] += count
         return logits
@@ -94,14 +104,21 @@ class Session:
 class TorchSession:
     """The model itself, with the cache that transformers keeps; its packed weights are applied as the kernels do."""
 
-    def __init__(self, model: nn.Module, forwards: Mapping[str, Callable[[Tensor], Tensor]], context: int) -> None:
-        self.model, self.forwards, self.context = model, forwards, context
+    def __init__(
+        self,
+        model: nn.Module,
+        forwards: Mapping[str, Callable[[Tensor], Tensor]],
+        context: int,
+        bank: Bank | None = None,
+    ) -> None:
+        self.model, self.forwards, self.context, self.bank = model, forwards, context, bank
         self.past: dict[int, Any] = {}
+        self.adapters: dict[int, str] = {}
 
     @torch.no_grad()
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
         """Logits `[vocabulary]` after these tokens."""
-        with lent(self.model, self.forwards):
+        with lent(self.model, {**self.forwards, **self._adapted(self.adapters.get(sequence))}):
             out = self.model(
                 input_ids=torch.tensor([list(tokens)]), past_key_values=self.past.get(sequence), use_cache=True
             )
@@ -118,6 +135,33 @@ class TorchSession:
             self.past.pop(sequence, None)
         elif sequence in self.past:
             self.past[sequence].crop(length)
+
+    def use(self, sequence: int, adapter: str | None) -> None:
+        """From now on tokens of the sequence go through this adapter of the bank, or through none."""
+        _use(self.bank, self.adapters, sequence, adapter)
+
+    def _adapted(self, adapter: str | None) -> dict[str, Callable[[Tensor], Tensor]]:
+        if adapter is None or self.bank is None:
+            return {}
+        self.bank.number(adapter)
+        found = {}
+        for path, factors in self.bank.held[adapter].factors.items():
+            found[path] = _corrected(self.forwards.get(path, self.model.get_submodule(path).forward), *factors)
+        return found
+
+
+def _corrected(forward: Callable[[Tensor], Tensor], down: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
+    narrow, wide = half(down).float(), half(up).float()
+    return lambda x: forward(x) + x @ narrow.T @ wide.T
+
+
+def _use(bank: Bank | None, adapters: dict[int, str], sequence: int, adapter: str | None) -> None:
+    adapters.pop(sequence, None)
+    if adapter is not None:
+        if bank is None:
+            raise UserError(f"adapter {adapter!r} was asked for, and this session was opened without adapters")
+        bank.number(adapter)
+        adapters[sequence] = adapter
 
 
 @dataclass
@@ -222,7 +266,9 @@ class Runtime:
                 self._refuse(unknown)
         self.proved = False
 
-    def open(self, context: int, *, sequences: int = 1, chunk: int = 256, cache: str = "fp16") -> Writer:
+    def open(
+        self, context: int, *, sequences: int = 1, chunk: int = 256, cache: str = "fp16", bank: Bank | None = None
+    ) -> Writer:
         """A session: compiled where the model's form is known and the program has proved itself, else on torch.
 
         Args:
@@ -230,6 +276,7 @@ class Runtime:
             sequences: texts that are written at once.
             chunk: tokens of a prompt that are taken together.
             cache: how keys and values are stored: `fp16`, `bf16` or `fp32`.
+            bank: adapters that sequences may use.
 
         Raises:
             UserError: it does not fit into the memory that is free.
@@ -247,10 +294,14 @@ class Runtime:
             for path, matrix in self.weights.matrices.items():
                 if self.weights.is_packed(path) and matrix.kind != "embedding":
                     self.weights.get((path,))
-            return TorchSession(self.model, self.weights.forwards(self.model), context)
+            return TorchSession(self.model, self.weights.forwards(self.model), context, bank)
         if self.share:
             give_way(self.model, self.weights)
-        return _session(self.form, self.weights, context, sequences, chunk, cache)
+        return _session(self.form, self.weights, context, sequences, chunk, cache, bank)
+
+    def bank(self, most: int = MOST) -> Bank:
+        """A place for adapters of this model."""
+        return Bank(self.kernels, self.weights.matrices, most)
 
     @property
     def engine(self) -> str:
@@ -278,7 +329,13 @@ class Kept:
         for paths in self.form.products:
             self.weights.get(paths)
 
-    def open(self, context: int, *, sequences: int = 1, chunk: int = 256, cache: str = "fp16") -> Writer:
+    def bank(self, most: int = MOST) -> Bank:
+        """A place for adapters of this model."""
+        return Bank(self.weights.kernels, self.form.matrices, most)
+
+    def open(
+        self, context: int, *, sequences: int = 1, chunk: int = 256, cache: str = "fp16", bank: Bank | None = None
+    ) -> Writer:
         """A session, see `Runtime.open`.
 
         Raises:
@@ -286,7 +343,7 @@ class Kept:
         """
         check_memory(self.form, self.weights, context, sequences, bool(self.weights.made))
         try:
-            return _session(self.form, self.weights, context, sequences, chunk, cache)
+            return _session(self.form, self.weights, context, sequences, chunk, cache, bank)
         except ValueError as error:
             raise UserError(f"the stored weights are not those of the model's configuration: {error}") from error
 
@@ -296,9 +353,11 @@ class Kept:
         return _said(self.weights.kernels)
 
 
-def _session(form: Form, weights: Weights, context: int, sequences: int, chunk: int, cache: str) -> Session:
+def _session(
+    form: Form, weights: Weights, context: int, sequences: int, chunk: int, cache: str, bank: Bank | None
+) -> Session:
     sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
-    return Session(*compile_form(form, weights, **sizes, cache=cache))
+    return Session(*compile_form(form, weights, **sizes, cache=cache, bank=bank), bank)
 
 
 def _said(kernels: Any) -> str:

@@ -1,7 +1,10 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include "base/arrays.h"
+#include "lowrank/adapters.h"
 #include "lowrank/lowrank.h"
 
 namespace trimtab {
@@ -29,6 +32,18 @@ void bind_lowrank(nb::module_& module) {
         return std::make_shared<Plus>(std::move(base), std::move(extra));
       },
       nb::arg("base"), nb::arg("extra"));
+  nb::class_<Adapters>(module, "Adapters", "Low-rank adapters by number, for batches whose rows use different ones.")
+      .def(nb::init<std::vector<std::pair<int, int>>, int>(), nb::arg("places"), nb::arg("most"),
+           "(outputs, inputs) of the linears that may be adapted, and the most ranks of an adapter.")
+      .def(
+          "put",
+          [](Adapters& adapters, int number, const std::vector<std::shared_ptr<LowRank>>& parts) {
+            adapters.put(number, Adapter(parts.begin(), parts.end()));
+          },
+          nb::arg("number"), nb::arg("parts"), "A correction or None for each place.")
+      .def("drop", &Adapters::drop, nb::arg("number"))
+      .def_prop_ro("numbers", &Adapters::numbers)
+      .def_prop_ro("nbytes", &Adapters::nbytes);
 }
 
 }  // namespace trimtab

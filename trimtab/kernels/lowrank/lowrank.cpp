@@ -12,7 +12,7 @@ namespace trimtab {
 LowRank::LowRank(const Half* left, const Half* right, int rows, int rank, int cols)
     : Weight(rows, cols),
       rank(rank),
-      left_(static_cast<size_t>((rows + kPanelRows - 1) / kPanelRows) * rank * kPanelRows * sizeof(Half)),
+      left_(static_cast<size_t>(panels()) * rank * kPanelRows * sizeof(Half)),
       right_(static_cast<size_t>(rank) * cols * sizeof(Half)) {
   Half* to = reinterpret_cast<Half*>(left_.data());
   for (int r = 0; r < rows; r += kPanelRows)
@@ -29,15 +29,15 @@ Half LowRank::left(int r, int k) const {
   return reinterpret_cast<const Half*>(left_.data())[(static_cast<size_t>(r / kPanelRows) * rank + k) * kPanelRows + r % kPanelRows];
 }
 
-void LowRank::narrow(const float* x, int ldx, int m, float* inner, const Team& team) const {
-  const auto [first, last] = team.share(rank);
+int LowRank::panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
+
+void LowRank::narrow(const float* x, int ldx, int m, float* inner, int first, int last) const {
   const Half* right = reinterpret_cast<const Half*>(right_.data()) + static_cast<size_t>(first) * cols;
   dots(right, cols, last - first, x, ldx, m, cols, inner + first, rank, false);
 }
 
-void LowRank::widen(const float* inner, int m, float* y, int ldy, bool add, const Team& team) const {
+void LowRank::widen(const float* inner, int m, float* y, int ldy, bool add, int first, int last) const {
   const Half* left = reinterpret_cast<const Half*>(left_.data());
-  const auto [first, last] = team.share((rows + kPanelRows - 1) / kPanelRows);
   for (int p = first; p < last; ++p) {
     const Half* panel = left + static_cast<size_t>(p) * rank * kPanelRows;
     panel_dots(panel, rank, inner, rank, m, y + p * kPanelRows, ldy, std::min(kPanelRows, rows - p * kPanelRows), add);
@@ -46,9 +46,11 @@ void LowRank::widen(const float* inner, int m, float* y, int ldy, bool add, cons
 
 void LowRank::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
   float* inner = reinterpret_cast<float*>(scratch);
-  narrow(x, ldx, m, inner, team);
+  const auto [rank_first, rank_last] = team.share(rank);
+  narrow(x, ldx, m, inner, rank_first, rank_last);
   team.sync();
-  widen(inner, m, y, ldy, false, team);
+  const auto [panel_first, panel_last] = team.share(panels());
+  widen(inner, m, y, ldy, false, panel_first, panel_last);
   team.sync();
 }
 
@@ -68,10 +70,12 @@ size_t Plus::scratch(int m) const { return whole_lines(extra_->scratch(m)) + bas
 
 void Plus::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const {
   float* inner = reinterpret_cast<float*>(scratch);
-  extra_->narrow(x, ldx, m, inner, team);
+  const auto [rank_first, rank_last] = team.share(extra_->rank);
+  extra_->narrow(x, ldx, m, inner, rank_first, rank_last);
   // When the base returns, all threads have been there: the inner values are complete as well.
   base_->apply(x, ldx, m, y, ldy, scratch + whole_lines(extra_->scratch(m)), team);
-  extra_->widen(inner, m, y, ldy, true, team);
+  const auto [panel_first, panel_last] = team.share(extra_->panels());
+  extra_->widen(inner, m, y, ldy, true, panel_first, panel_last);
   team.sync();
 }
 

@@ -18,9 +18,10 @@ class LowRank final : public Weight {
   void apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const override;
   void row(int r, float* out) const override;
 
-  // The two halves of `apply`, for a sum: inner = right x, and y (+)= left inner. Neither waits for the other threads.
-  void narrow(const float* x, int ldx, int m, float* inner, const Team& team) const;
-  void widen(const float* inner, int m, float* y, int ldy, bool add, const Team& team) const;
+  // The two halves of `apply`, of ranks or panels of rows [first, last): inner [m, rank] = right x, and y (+)= left inner.
+  void narrow(const float* x, int ldx, int m, float* inner, int first, int last) const;
+  void widen(const float* inner, int m, float* y, int ldy, bool add, int first, int last) const;
+  int panels() const;
 
   const int rank;
 

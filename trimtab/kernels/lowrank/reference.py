@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -36,3 +39,20 @@ def plus(base: Tensor, left: Tensor, right: Tensor, x: Tensor) -> Tensor:
         `[m, rows]`, fp32.
     """
     return x @ base.T + low_rank(left, right, x)
+
+
+def adapted(y: Tensor, x: Tensor, corrections: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor:
+    """Each row of a batch with the correction of its own adapter (Sheng et al. 2023, arXiv:2311.03285, section 5.3).
+
+    z[i] = y[i] + left_i right_i x[i]
+
+    Args:
+        y: what the shared weight gives, `[m, rows]`, fp32.
+        x: `[m, cols]`, fp32.
+        corrections: for each row left `[rows, rank]` and right `[rank, cols]`, halves of any rank, or None.
+
+    Returns:
+        `[m, rows]`, fp32.
+    """
+    rows = [y[i] if c is None else y[i] + low_rank(*c, x[i : i + 1])[0] for i, c in enumerate(corrections)]
+    return torch.stack(rows)

@@ -23,7 +23,8 @@ Slice or_none(const std::optional<Slice>& s) { return s.value_or(Slice{-1, 0, 0}
 // A step; the outputs are a view of the program's memory.
 nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& program, Slice head, const Array1<int>& tokens,
                                               const Array1<int>& sequences, const Array1<int>& starts,
-                                              const Array1<int>& counts, bool every) {
+                                              const Array1<int>& counts, bool every,
+                                              const std::vector<int>& adapters) {
   const size_t n = sequences.shape(0);
   require(n > 0 && starts.shape(0) == n && counts.shape(0) == n, "there is one start and one count for each sequence");
   program.check_output(head);
@@ -31,7 +32,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Program& program, Slice head, con
   for (size_t i = 0; i < n; ++i) segments.push_back({sequences.data()[i], starts.data()[i], counts.data()[i], 0});
   {
     nb::gil_scoped_release release;
-    program.run(tokens.data(), static_cast<int>(tokens.shape(0)), segments, every);
+    program.run(tokens.data(), static_cast<int>(tokens.shape(0)), segments, adapters, every);
   }
   const size_t shape[] = {program.step().picked.size(), static_cast<size_t>(head.width)};
   const int64_t strides[] = {program.stride(head), 1};
@@ -75,10 +76,17 @@ void bind_step(nb::module_& module) {
           "x += add, then out = norm(x); without `out` only the addition.")
       .def(
           "linear",
-          [](Program& p, Slice x, Slice out, std::shared_ptr<Weight> weight, const Vector& bias) {
-            p.linear(x, out, std::move(weight), floats(bias));
+          [](Program& p, Slice x, Slice out, std::shared_ptr<Weight> weight, const Vector& bias,
+             const std::vector<std::pair<int, int>>& parts) {
+            std::vector<Part> adapted;
+            for (const auto& [place, offset] : parts) adapted.push_back({place, offset});
+            p.linear(x, out, std::move(weight), floats(bias), std::move(adapted));
           },
-          nb::arg("x"), nb::arg("out"), nb::arg("weight"), nb::arg("bias").none() = nb::none())
+          nb::arg("x"), nb::arg("out"), nb::arg("weight"), nb::arg("bias").none() = nb::none(),
+          nb::arg("parts") = std::vector<std::pair<int, int>>(), "`parts` are (place of the adapters, first output).")
+      .def(
+          "adapt", [](Program& p, std::shared_ptr<Adapters> adapters) { p.adapt(std::move(adapters)); }, nb::arg("adapters"),
+          "The adapters that linears with parts use.")
       .def("angles", &Program::angles, nb::arg("cosine"), nb::arg("sine"), "Angles of every position, [context, pairs].")
       .def("rotate", &Program::rotate, nb::arg("x"), nb::arg("heads"), nb::arg("angles"))
       .def("append", &Program::append, nb::arg("k"), nb::arg("v"), nb::arg("cache"))
@@ -91,8 +99,9 @@ void bind_step(nb::module_& module) {
           nb::arg("kind"), nb::arg("x"), nb::arg("times").none(), nb::arg("out"))
       .def("select", &Program::select, nb::arg("x"), nb::arg("out"))
       .def("run", &run, nb::arg("head"), nb::arg("tokens"), nb::arg("sequences"), nb::arg("starts"), nb::arg("counts"),
-           nb::arg("every") = false,
-           "One step: outputs [tokens asked for, width] of the slice `head`, a view that holds until the next step.");
+           nb::arg("every") = false, nb::arg("adapters") = std::vector<int>(),
+           "One step: outputs [tokens asked for, width] of the slice `head`, a view that holds until the next step. Each "
+           "sequence uses the adapter of its number, or none at -1.");
 }
 
 }  // namespace trimtab

@@ -96,21 +96,31 @@ class Norm final : public Operation {
   const int groups_;
 };
 
-// out = W x + bias.
+// out = W x + bias, and for rows with an adapter its corrections.
 class Linear final : public Operation {
  public:
-  Linear(Slice x, Slice out, Shared weight, Floats bias)
+  Linear(Slice x, Slice out, Shared weight, Floats bias, std::vector<Part> parts)
       : Operation("linear " + std::to_string(weight->rows) + "x" + std::to_string(weight->cols)), x_(x), out_(out),
-        weight_(std::move(weight)), bias_(std::move(bias)) {}
+        weight_(std::move(weight)), bias_(std::move(bias)), parts_(std::move(parts)) {}
   size_t scratch(const Program& p) const override {
+    const int rows = p.picked(x_) ? p.outputs : p.rows;
     size_t most = 0;
-    for (int m = 1; m <= (p.picked(x_) ? p.outputs : p.rows); ++m) most = std::max(most, weight_->scratch(m));
-    return most;
+    for (int m = 1; m <= rows; ++m) most = std::max(most, weight_->scratch(m));
+    return inner_bytes(p, rows) + most;
   }
   void run(const Program& p, const Step& step, const Team& team) const override {
     const int rows = p.count(x_, step);
     if (rows == 0) return;
-    weight_->apply(p.at(x_), p.stride(x_), rows, p.at(out_), p.stride(out_), step.scratch, team);
+    const bool adapted = !parts_.empty() && !step.adapted.empty();
+    float* inner = reinterpret_cast<float*>(step.scratch);
+    std::byte* scratch = step.scratch + (adapted ? inner_bytes(p, rows) : 0);
+    if (adapted) narrow_all(step.adapted, parts_, rows, p.adapters()->most, p.at(x_), p.stride(x_), inner, team);
+    // When the weight returns, all threads have been there: the inner values are complete as well.
+    weight_->apply(p.at(x_), p.stride(x_), rows, p.at(out_), p.stride(out_), scratch, team);
+    if (adapted) {
+      widen_all(step.adapted, parts_, rows, p.adapters()->most, inner, p.at(out_), p.stride(out_), team);
+      team.sync();
+    }
     if (bias_.empty()) return;
     spread(team, rows, out_.width, [&](int r, int from, int to) {
       float* y = p.at(out_) + size_t(r) * p.stride(out_);
@@ -120,9 +130,14 @@ class Linear final : public Operation {
   }
 
  private:
+  size_t inner_bytes(const Program& p, int rows) const {
+    return parts_.empty() ? 0 : whole_lines(adapted_scratch(*p.adapters(), parts_.size(), rows) * sizeof(float));
+  }
+
   const Slice x_, out_;
   const Shared weight_;
   const Floats bias_;
+  const std::vector<Part> parts_;
 };
 
 // Turns each head by the angles of its position.
@@ -289,14 +304,25 @@ void Program::norm(Slice x, Slice out, Slice plus, bool rms, Floats weight, Floa
   add(std::make_unique<Norm>(x, out, plus, rms, std::move(weight), std::move(bias), eps, groups));
 }
 
-void Program::linear(Slice x, Slice out, Shared weight, Floats bias) {
+void Program::adapt(std::shared_ptr<const Adapters> adapters) {
+  require(adapters_ == nullptr && adapters != nullptr, "a program has one set of adapters");
+  adapters_ = std::move(adapters);
+}
+
+void Program::linear(Slice x, Slice out, Shared weight, Floats bias, std::vector<Part> parts) {
   check_pair(x, out, "a linear");
   require(weight->cols == x.width && weight->rows == out.width,
           "a weight of " + std::to_string(weight->rows) + " x " + std::to_string(weight->cols) + " does not take " +
               std::to_string(x.width) + " channels to " + std::to_string(out.width));
   require(bias.empty() || bias.size() == size_t(out.width), "a bias has one value for each output");
   require(x.buffer != out.buffer || x.offset + x.width <= out.offset || out.offset + out.width <= x.offset, "a linear does not write over its input");
-  add(std::make_unique<Linear>(x, out, std::move(weight), std::move(bias)));
+  require(parts.empty() || (adapters_ != nullptr && !picked(x)), "an adapted linear has a row for each token, in a program with adapters");
+  for (const Part& part : parts) {
+    require(part.place >= 0 && size_t(part.place) < adapters_->places.size(), "there is no place " + std::to_string(part.place) + " of adapters");
+    const auto [rows, cols] = adapters_->places[part.place];
+    require(cols == x.width && part.offset >= 0 && part.offset <= out.width - rows, "adapters of place " + std::to_string(part.place) + " do not fit the linear");
+  }
+  add(std::make_unique<Linear>(x, out, std::move(weight), std::move(bias), std::move(parts)));
 }
 
 int Program::angles(const Array2<float>& cosine, const Array2<float>& sine) {
@@ -356,7 +382,7 @@ void Program::finish() {
   finished_ = true;
 }
 
-void Program::run(const int* tokens, int count, const std::vector<Segment>& segments, bool every) {
+void Program::run(const int* tokens, int count, const std::vector<Segment>& segments, const std::vector<int>& numbers, bool every) {
   std::lock_guard alone(running_);
   require(count > 0 && count <= rows, "a step takes between 1 and " + std::to_string(rows) + " tokens, not " + std::to_string(count));
   int total = 0;
@@ -373,6 +399,12 @@ void Program::run(const int* tokens, int count, const std::vector<Segment>& segm
   for (int vocabulary : vocabularies_)
     for (int i = 0; i < count; ++i) require(tokens[i] >= 0 && tokens[i] < vocabulary, "token " + std::to_string(tokens[i]) + " is not among the " + std::to_string(vocabulary));
   require((every ? count : static_cast<int>(segments.size())) <= outputs, "a step gives the outputs of at most " + std::to_string(outputs) + " tokens");
+  require(numbers.empty() || numbers.size() == segments.size(), "there is one adapter, or -1, for each sequence");
+  std::vector<std::shared_ptr<const Adapter>> adapters(segments.size());
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    require(numbers[i] < 0 || adapters_ != nullptr, "the program has no adapters");
+    if (numbers[i] >= 0) adapters[i] = adapters_->at(numbers[i]);
+  }
   finish();
 
   Step& s = step_;
@@ -382,8 +414,17 @@ void Program::run(const int* tokens, int count, const std::vector<Segment>& segm
   s.sequence.clear();
   s.position.clear();
   s.picked.clear();
-  for (Segment& segment : s.segments) {
+  s.adapted.clear();
+  for (size_t n = 0; n < s.segments.size(); ++n) {
+    Segment& segment = s.segments[n];
     segment.row = static_cast<int>(s.sequence.size());
+    if (adapters[n] != nullptr) {  // rows side by side with one adapter are taken together
+      if (!s.adapted.empty() && s.adapted.back().adapter == adapters[n] && s.adapted.back().first + s.adapted.back().count == segment.row) {
+        s.adapted.back().count += segment.count;
+      } else {
+        s.adapted.push_back({adapters[n], segment.row, segment.count});
+      }
+    }
     for (int i = 0; i < segment.count; ++i) {
       s.sequence.push_back(segment.sequence);
       s.position.push_back(segment.start + i);

@@ -11,6 +11,7 @@
 #include "attention/attention.h"
 #include "base/arrays.h"
 #include "linear/weight.h"
+#include "lowrank/adapters.h"
 
 namespace trimtab {
 
@@ -26,6 +27,7 @@ struct Step {
   std::vector<int> token, sequence, position;  // of each row
   std::vector<int> picked;               // rows whose outputs are asked for
   std::vector<Segment> segments;
+  std::vector<Rows> adapted;             // rows that use an adapter
   std::map<std::pair<int, int>, Pieces> pieces;  // (query heads, heads) -> how attention is divided
   std::byte* scratch = nullptr;          // of the team
   std::byte* own = nullptr;              // of each thread, `own_bytes` apart
@@ -65,7 +67,9 @@ class Program {
   void embed(Slice out, Shared table, float scale);
   void place(Slice x, Shared table, int offset);
   void norm(Slice x, Slice out, Slice add, bool rms, Floats weight, Floats bias, float eps, int groups);
-  void linear(Slice x, Slice out, Shared weight, Floats bias);
+  void linear(Slice x, Slice out, Shared weight, Floats bias, std::vector<Part> parts);
+  // The adapters that linears with parts use; before the first of them.
+  void adapt(std::shared_ptr<const Adapters> adapters);
   int angles(const Array2<float>& cosine, const Array2<float>& sine);
   void rotate(Slice x, int heads, int angles);
   void append(Slice k, Slice v, int cache);
@@ -74,8 +78,8 @@ class Program {
   void select(Slice x, Slice out);
 
   // One step: tokens of the segments, one segment after the other; the outputs of the last token of each are asked for, or of
-  // `every` token.
-  void run(const int* tokens, int rows, const std::vector<Segment>& segments, bool every);
+  // `every` token. Each segment uses the adapter of its number, or none at -1; no numbers: none does.
+  void run(const int* tokens, int rows, const std::vector<Segment>& segments, const std::vector<int>& numbers, bool every);
 
   float* at(Slice s) const { return reinterpret_cast<float*>(arena_.data()) + starts_[s.buffer] + s.offset; }
   int stride(Slice s) const { return widths_[s.buffer]; }
@@ -84,6 +88,7 @@ class Program {
   const Cache& cache_at(int i) const { return *caches_[i]; }
   const Angles& angles_at(int i) const { return angles_[i]; }
   const Step& step() const { return step_; }
+  const Adapters* adapters() const { return adapters_.get(); }
 
   void check_output(Slice s) const;  // refuse a slice that holds no outputs
   size_t nbytes() const;  // of buffers, scratch and caches, once it has run
@@ -107,6 +112,7 @@ class Program {
   std::vector<int> vocabularies_;  // rows of the tables that tokens index
   std::vector<int> places_;        // positions that the tables of positions hold
   std::map<std::pair<int, int>, int> attentions_;  // (query heads, heads) -> the widest padded head
+  std::shared_ptr<const Adapters> adapters_;
   Buffer arena_, scratch_;
   size_t floats_ = 0, own_bytes_ = 0, linear_scratch_ = 0;
   int scratch_threads_ = 0;  // that linear_scratch_ was counted for
