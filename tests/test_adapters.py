@@ -131,6 +131,7 @@ def test_scales_are_those_of_the_configuration(tmp_path: Path) -> None:
     assert torch.equal(read_adapter(folder).factors[path][1], torch.full((48, 4), 0.5))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft's own
 def test_the_real_library_writes_what_is_read(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = make("LlamaForCausalLM", BASE)

@@ -49,8 +49,7 @@ def test_each_row_has_its_own_correction(module: ModuleType, data: st.DataObject
     firsts = np.cumsum([0, *rows])[:-1].tolist()
     p.linear(x, y, dense_weight(module, weight), None, list(enumerate(firsts)))
     p.select(y, out)
-    tokens = torch.arange(sum(counts), dtype=torch.int32)
-    numbers = [np.array(n, np.int32) for n in (tokens, range(len(counts)), [0] * len(counts), counts)]
+    numbers = [np.array(n, np.int32) for n in (range(sum(counts)), range(len(counts)), [0] * len(counts), counts)]
     found = torch.from_numpy(p.run(out, *numbers, True, users).copy())
     user = [u for u, count in zip(users, counts, strict=True) for _ in range(count)]
     plain, sizes = table @ weight.T, table.abs() @ weight.abs().T

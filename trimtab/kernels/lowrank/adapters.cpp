@@ -47,6 +47,16 @@ void Adapters::put(int number, Adapter adapter) {
                 ", and its linear " + std::to_string(rows) + " x " + std::to_string(cols));
     require(correction->rank <= most, "an adapter of rank " + std::to_string(correction->rank) + " is above the " + std::to_string(most) + " that there is room for");
   }
+  // Factors are small; side by side in huge pages they are read as one stream.
+  size_t bytes = 0;
+  for (const auto& correction : adapter) bytes += correction == nullptr ? 0 : whole_lines(correction->nbytes());
+  const auto memory = std::make_shared<Buffer>(bytes);
+  size_t at = 0;
+  for (auto& correction : adapter) {
+    if (correction == nullptr) continue;
+    correction = std::make_shared<const LowRank>(*correction, memory, at);
+    at += whole_lines(correction->nbytes());
+  }
   std::lock_guard alone(guard_);
   held_[number] = std::make_shared<const Adapter>(std::move(adapter));
 }

@@ -8,38 +8,80 @@
 #include "linear/panels.h"
 
 namespace trimtab {
+namespace {
+
+constexpr size_t kAhead = 4096;  // bytes from what is read to what is asked for
+
+void ask_for(const void* next, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) simd::prefetch(static_cast<const std::byte*>(next) + kAhead + at);
+}
+
+// y[r] = sum_c w[r, c] x[c]: rows one after the other, as they lie, so that memory is read as one stream.
+void stream_dots(const Half* w, int rows, const float* x, int cols, float* y) {
+  constexpr int kSums = 4, kStep = kSums * simd::kLanes;
+  for (int r = 0; r < rows; ++r, w += cols) {
+    simd::Floats sum[kSums];
+    for (simd::Floats& lanes : sum) lanes = simd::floats(0.0f);
+    int c = 0;
+    for (; c + kStep <= cols; c += kStep) {
+      ask_for(w + c, kStep * sizeof(Half));
+      for (int i = 0; i < kSums; ++i) {
+        const int at = c + i * simd::kLanes;
+        sum[i] = simd::fma(simd::load(w + at), simd::load(x + at), sum[i]);
+      }
+    }
+    for (; c < cols; c += simd::kLanes) {
+      const int n = std::min(simd::kLanes, cols - c);
+      sum[0] = simd::fma(simd::load(w + c, n), simd::load(x + c, n), sum[0]);
+    }
+    y[r] = simd::total(simd::add(simd::add(sum[0], sum[1]), simd::add(sum[2], sum[3])));
+  }
+}
+
+}  // namespace
 
 LowRank::LowRank(const Half* left, const Half* right, int rows, int rank, int cols)
     : Weight(rows, cols),
       rank(rank),
-      left_(static_cast<size_t>(panels()) * rank * kPanelRows * sizeof(Half)),
-      right_(static_cast<size_t>(rank) * cols * sizeof(Half)) {
-  Half* to = reinterpret_cast<Half*>(left_.data());
+      memory_(std::make_shared<Buffer>(nbytes())),
+      right_(reinterpret_cast<Half*>(memory_->data())),
+      left_(right_ + static_cast<size_t>(rank) * cols) {
+  std::copy_n(right, static_cast<size_t>(rank) * cols, right_);
+  Half* to = left_;
   for (int r = 0; r < rows; r += kPanelRows)
     for (int k = 0; k < rank; ++k)
       for (int lane = 0; lane < kPanelRows; ++lane) *to++ = r + lane < rows ? left[static_cast<size_t>(r + lane) * rank + k] : Half{0};
-  std::memcpy(right_.data(), right, right_.size());
 }
 
-size_t LowRank::nbytes() const { return left_.size() + right_.size(); }
+LowRank::LowRank(const LowRank& other, std::shared_ptr<Buffer> memory, size_t at)
+    : Weight(other.rows, other.cols),
+      rank(other.rank),
+      memory_(std::move(memory)),
+      right_(reinterpret_cast<Half*>(memory_->data() + at)),
+      left_(right_ + static_cast<size_t>(rank) * cols) {
+  std::memcpy(right_, other.right_, nbytes());
+}
+
+size_t LowRank::nbytes() const { return (static_cast<size_t>(panels()) * kPanelRows + cols) * rank * sizeof(Half); }
 
 size_t LowRank::scratch(int m) const { return static_cast<size_t>(m) * rank * sizeof(float); }
 
 Half LowRank::left(int r, int k) const {
-  return reinterpret_cast<const Half*>(left_.data())[(static_cast<size_t>(r / kPanelRows) * rank + k) * kPanelRows + r % kPanelRows];
+  return left_[(static_cast<size_t>(r / kPanelRows) * rank + k) * kPanelRows + r % kPanelRows];
 }
 
 int LowRank::panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
 
 void LowRank::narrow(const float* x, int ldx, int m, float* inner, int first, int last) const {
-  const Half* right = reinterpret_cast<const Half*>(right_.data()) + static_cast<size_t>(first) * cols;
+  const Half* right = right_ + static_cast<size_t>(first) * cols;
+  if (m == 1) return stream_dots(right, last - first, x, cols, inner + first);
   dots(right, cols, last - first, x, ldx, m, cols, inner + first, rank, false);
 }
 
 void LowRank::widen(const float* inner, int m, float* y, int ldy, bool add, int first, int last) const {
-  const Half* left = reinterpret_cast<const Half*>(left_.data());
   for (int p = first; p < last; ++p) {
-    const Half* panel = left + static_cast<size_t>(p) * rank * kPanelRows;
+    const Half* panel = left_ + static_cast<size_t>(p) * rank * kPanelRows;
+    ask_for(panel, static_cast<size_t>(rank) * kPanelRows * sizeof(Half));
     panel_dots(panel, rank, inner, rank, m, y + p * kPanelRows, ldy, std::min(kPanelRows, rows - p * kPanelRows), add);
   }
 }
@@ -55,11 +97,10 @@ void LowRank::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte
 }
 
 void LowRank::row(int r, float* out) const {
-  const Half* right = reinterpret_cast<const Half*>(right_.data());
   std::fill(out, out + cols, 0.0f);
   for (int k = 0; k < rank; ++k) {
     const float weight = simd::float_of_half(left(r, k));
-    for (int c = 0; c < cols; ++c) out[c] += weight * simd::float_of_half(right[static_cast<size_t>(k) * cols + c]);
+    for (int c = 0; c < cols; ++c) out[c] += weight * simd::float_of_half(right_[static_cast<size_t>(k) * cols + c]);
   }
 }
 

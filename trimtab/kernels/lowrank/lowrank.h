@@ -13,6 +13,8 @@ namespace trimtab {
 class LowRank final : public Weight {
  public:
   LowRank(const Half* left, const Half* right, int rows, int rank, int cols);
+  // A copy whose factors lie in a part of some memory, at bytes [at, at + other.nbytes()).
+  LowRank(const LowRank& other, std::shared_ptr<Buffer> memory, size_t at);
   size_t nbytes() const override;
   size_t scratch(int m) const override;
   void apply(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const override;
@@ -28,8 +30,9 @@ class LowRank final : public Weight {
  private:
   Half left(int r, int k) const;
 
-  Buffer left_;   // [rows / 16][rank][16]: sixteen outputs lie side by side, so that no sum runs across a register
-  Buffer right_;  // [rank][cols]
+  std::shared_ptr<Buffer> memory_;
+  Half* right_;  // [rank][cols]
+  Half* left_;   // [rows / 16][rank][16]: sixteen outputs lie side by side, so that no sum runs across a register
 };
 
 // W = base + extra: the low-rank correction of what the base lost, in the same pass (Yao et al. 2023, arXiv:2303.08302).
