@@ -8,6 +8,7 @@ SIZE ?= 3MB
 EFFORT ?= quick
 MODEL ?= pocket
 MINUTES ?= 40
+SECONDS ?= 120
 SANITIZED := build/sanitized
 
 # The tokenisers warn when a process forks after they used threads; ours are not worth the warning.
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test lint types unit sanitize claims claims-stale claims-check docs bench lock clean
+.PHONY: help setup fit test lint types unit sanitize fuzz claims claims-stale claims-check docs bench lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -65,7 +66,13 @@ sanitize: $(READY) ## the kernels' tests on the portable variant, built with the
 	$(BIN)/cmake -G Ninja -S . -B $(SANITIZED) -DTRIMTAB_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python >/dev/null && \
 	$(BIN)/cmake --build $(SANITIZED) --target _generic && \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 TRIMTAB_KERNELS=generic TRIMTAB_TEST_KERNELS=$(SANITIZED) $(BIN)/python -m pytest -q tests/test_kernels_*.py
+	ASAN_OPTIONS=detect_leaks=0 TRIMTAB_KERNELS=generic TRIMTAB_TEST_KERNELS=$(SANITIZED) \
+	  sh -c '$(BIN)/python -m pytest -q tests/test_kernels_*.py && $(BIN)/python tests/fuzz.py weights --random --seconds 30'
+
+fuzz: $(READY) ## hostile input for all that reads files, for SECONDS; guided by coverage where atheris installs
+	@$(BIN)/python -m pip install --quiet "$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["fuzz"])')" \
+	  || echo "atheris does not install here: inputs are changed at random"
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 claims: $(READY) ## re-run the checks of the papers' claims here and append the results to records/
 	$(BIN)/trimtab claim --all

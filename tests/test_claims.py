@@ -264,10 +264,13 @@ def test_check_leaves_alone_what_is_of_the_present_code(claims: Path, cli: Cli) 
 
 
 @pytest.mark.parametrize(
-    ("tests", "sanitized", "claimed", "code"), [(0, 0, 0, 0), (0, 0, 2, 1), (0, 2, 0, 1), (2, 0, 0, 2)]
+    ("tests", "sanitized", "fuzzed", "claimed", "code"),
+    [(0, 0, 0, 0, 0), (0, 0, 0, 2, 1), (0, 0, 1, 0, 1), (0, 2, 0, 0, 1), (2, 0, 0, 0, 2)],
 )
-def test_continuous_integration(tests: int, sanitized: int, claimed: int, code: int, tmp_path: Path) -> None:
-    """`.ci/run` runs the tests, the sanitizers, then the claims; the tests' closing line is the last in any case."""
+def test_continuous_integration(
+    tests: int, sanitized: int, fuzzed: int, claimed: int, code: int, tmp_path: Path
+) -> None:
+    """`.ci/run` runs the tests, the sanitizers, hostile input, then the claims; the tests' closing line is the last."""
     last = "31 passed, 2 skipped in 3.21s"
     (tmp_path / ".ci").mkdir()
     (tmp_path / "bin").mkdir()
@@ -277,6 +280,7 @@ def test_continuous_integration(tests: int, sanitized: int, claimed: int, code: 
         f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
         f'if [ "$1" = test ]; then echo "{last}"; exit {tests}; fi\n'
         f'if [ "$1" = sanitize ]; then exit {sanitized}; fi\n'
+        f'if [ "$1" = fuzz ]; then exit {fuzzed}; fi\n'
         f'echo "rtn: partly"; exit {claimed}\n'
     )
     make.chmod(0o755)
@@ -290,7 +294,7 @@ def test_continuous_integration(tests: int, sanitized: int, claimed: int, code: 
     assert done.returncode == code, done
     assert done.stdout.splitlines()[-1] == last
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked == (["test"] if tests else ["test", "sanitize", "claims-check"])
+    assert asked == (["test"] if tests else ["test", "sanitize", "fuzz", "claims-check"])
 
 
 # ---- what is kept of the methods

@@ -270,6 +270,7 @@ def test_what_is_packed_has_no_flaw(text: str, shape: Shape) -> None:
         ("4b/g32+r2", "extra_left", float("inf"), "NaN or infinite values in `extra_left`"),
         ("vq/d4/k16", "book", float("nan"), "NaN or infinite values in `book`"),
         ("2:5", "places", 255, "places beyond 5 in `places`"),
+        ("2:4", "places", 0, "not in order in `places`"),
         ("50%", "mask", 255, "where 50% keeps 280"),
         ("r4/bias", "bias", float("nan"), "NaN or infinite values in `bias`"),
         ("bf16", "weight", float("nan"), "NaN or infinite values in `weight`"),

@@ -83,8 +83,12 @@ class Packed:
                 return f"codes of NaN in `scale` ({level.scale})"
             case Float() if int((self.tensors["codes"] & 127).max()) >= _FP8.get((level.e, level.m), 128):
                 return f"codes of NaN or infinity in `codes` (e{level.e}m{level.m})"
-            case NM() if int(_places(self, level).max()) >= level.m:
-                return f"places beyond {level.m} in `places`"
+            case NM():
+                places = _places(self, level)
+                if int(places.max()) >= level.m:
+                    return f"places beyond {level.m} in `places`"
+                if bool((places.diff(dim=1) <= 0).any()):
+                    return "places that are not in order in `places`"
             case Sparse():
                 kept, asked = int(unpack_bits(self.tensors["mask"], 1, prod(self.shape)).sum()), level.kept(self.shape)
                 return f"a `mask` of {kept} weights, where {level} keeps {asked}" if kept != asked else None
