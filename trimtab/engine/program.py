@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.level import Float, Int, Plus
+from trimtab.formats.cache import CacheFormat
 from trimtab.formats.packed import Packed, summands
 from trimtab.kernels.integer.reference import exact_step, linear
 from trimtab.kernels.weight import weight_of
@@ -102,10 +103,10 @@ class Form:
         inner = [path for branch in self.branches for path in (*branch.inputs, branch.output)]
         return tuple(p for p in (self.embed, self.position, *inner, self.head) if p is not None)
 
-    def cache_bytes(self, context: int, sequences: int = 1, width: int = 2) -> int:
-        """Bytes of the keys and values of so many sequences."""
-        channels = sum(2 * b.kv_heads * b.size for b in self.branches if isinstance(b, Heads))
-        return channels * context * sequences * width
+    def cache_bytes(self, context: int, sequences: int = 1, cache: CacheFormat | None = None) -> int:
+        """Exact bytes of the keys and values of so many sequences; in fp16 unless said otherwise."""
+        stored, attending = cache or CacheFormat(), [b for b in self.branches if isinstance(b, Heads)]
+        return sum(stored.bytes(b.kv_heads, b.size, context, sequences) for b in attending)
 
 
 # ---- from the map to the form
@@ -370,7 +371,7 @@ def _looked_up(weight: Any) -> Callable[[Tensor], Tensor]:
 
 
 def compile_form(
-    form: Form, weights: Weights, *, rows: int, outputs: int, sequences: int, context: int, cache: str
+    form: Form, weights: Weights, *, rows: int, outputs: int, sequences: int, context: int, cache: CacheFormat
 ) -> tuple[Any, Any]:
     """The program, and the slice of it that holds the logits.
 
@@ -378,7 +379,7 @@ def compile_form(
         rows: tokens that a step takes at most.
         outputs: tokens whose logits a step gives at most.
         sequences, context: texts that are written at once, and tokens that each may have.
-        cache: `fp16`, `bf16` or `fp32`: how keys and values are stored.
+        cache: how keys and values are stored.
     """
     p = weights.kernels.Program(rows, outputs, sequences, context)
     x, h, y = (p.buffer(form.width) for _ in range(3))
@@ -419,7 +420,7 @@ def compile_form(
                 norm(scale, part, part)
             if angles is not None:
                 p.rotate(part, heads, angles)
-        layer = p.cache(branch.kv_heads, branch.size, cache)
+        layer = p.cache(branch.kv_heads, branch.size, str(cache))
         p.append(k, v, layer)
         p.attend(q, mixed.part(0, queries), layer, branch.scale, branch.window)
         product(mixed.part(0, queries), y, (branch.output,))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
 from trimtab.engine.program import Form, Unknown, Weights, compile_form, form_of
+from trimtab.formats.cache import CacheFormat
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
 
@@ -41,23 +43,24 @@ class Writer(Protocol):
         """Logits `[sequences, vocabulary]` after one more token of each of these sequences."""
 
     def forget(self, sequence: int, length: int = 0) -> None:
-        """Drop all tokens of a sequence but the first `length`."""
+        """Drop all tokens of a sequence but the first `length`. Where that ends within a window of a packed cache, the
+        tokens of the window that stay go on from their packed form.
+        """
 
 
 class Session:
     """A compiled program and how far each of its sequences has come."""
 
-    def __init__(self, program: Any, head: Any) -> None:
-        self.program, self.head = program, head
+    def __init__(self, program: Any, head: Any, cache: CacheFormat | None = None) -> None:
+        self.program, self.head, self.cache = program, head, cache or CacheFormat()
         self.context: int = program.context
         self.lengths = [0] * program.sequences
 
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
         """Logits `[vocabulary]` after these tokens, taken in chunks of as many as the program has rows."""
         logits = None
-        for start in range(0, len(tokens), self.program.rows):
-            some = tokens[start : start + self.program.rows]
-            logits = self._run(some, [sequence], [len(some)])
+        for first, last in self.cache.cuts(self.lengths[sequence], len(tokens), self.program.rows):
+            logits = self._run(tokens[first:last], [sequence], [last - first])
         if logits is None:
             raise UserError("no tokens to go on from; give at least one")
         return torch.from_numpy(logits[0])
@@ -72,7 +75,9 @@ class Session:
 
     def outputs(self, tokens: Sequence[int]) -> Tensor:
         """Logits `[tokens, vocabulary]` after each of these tokens of sequence 0."""
-        return torch.from_numpy(self._run(tokens, [0], [len(tokens)], every=True).copy())
+        cuts = self.cache.cuts(self.lengths[0], len(tokens), len(tokens))
+        parts = [self._run(tokens[first:last], [0], [last - first], every=True).copy() for first, last in cuts]
+        return torch.from_numpy(np.concatenate(parts))
 
     def _run(self, tokens: Sequence[int], sequences: list[int], counts: list[int], every: bool = False) -> np.ndarray:
         starts = [self.lengths[s] for s in sequences]
@@ -86,18 +91,33 @@ class Session:
 class TorchSession:
     """The model itself, with the cache that transformers keeps; its packed weights are applied as the kernels do."""
 
-    def __init__(self, model: nn.Module, forwards: Mapping[str, Callable[[Tensor], Tensor]], context: int) -> None:
-        self.model, self.forwards, self.context = model, forwards, context
+    def __init__(
+        self,
+        model: nn.Module,
+        forwards: Mapping[str, Callable[[Tensor], Tensor]],
+        context: int,
+        cache: CacheFormat | None = None,
+    ) -> None:
+        self.model, self.forwards, self.context, self.cache = model, forwards, context, cache or CacheFormat()
         self.past: dict[int, Any] = {}
 
     @torch.no_grad()
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
         """Logits `[vocabulary]` after these tokens."""
+        past = self.past.get(sequence)
+        if past is None and self.cache.method:
+            from trimtab.engine.cache import packed_cache
+
+            past = packed_cache(self.cache)
+        out: Any = None
         with lent(self.model, self.forwards):
-            out = self.model(
-                input_ids=torch.tensor([list(tokens)]), past_key_values=self.past.get(sequence), use_cache=True
-            )
-        self.past[sequence] = out.past_key_values
+            for first, last in self.cache.cuts(past.get_seq_length() if past else 0, len(tokens), len(tokens)):
+                ids = torch.tensor([list(tokens[first:last])])
+                out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+        if out is None:
+            raise UserError("no tokens to go on from; give at least one")
+        self.past[sequence] = past
         return out.logits[0, -1].float()
 
     def step(self, tokens: Mapping[int, int]) -> Tensor:
@@ -109,7 +129,8 @@ class TorchSession:
         if length == 0:
             self.past.pop(sequence, None)
         elif sequence in self.past:
-            self.past[sequence].crop(length)
+            past = self.past[sequence]
+            past.crop(min(0, length - past.get_seq_length()))
 
 
 @dataclass
@@ -219,13 +240,15 @@ class Runtime:
             context: tokens that a text may have.
             sequences: texts that are written at once.
             chunk: tokens of a prompt that are taken together.
-            cache: how keys and values are stored: `fp16`, `bf16` or `fp32`.
+            cache: how keys and values are stored: `fp16`, `bf16`, `fp32`, or packed as by `kivi4` or `kivi2`, see
+                `formats.cache`. On torch what is not packed stays in the model's own type.
 
         Raises:
-            UserError: it does not fit into the memory that is free.
+            UserError: there is no such cache, or it does not fit into the memory that is free.
         """
+        stored = CacheFormat.parse(cache)
         if self.form is not None:
-            check_memory(self.form, self.weights, context, sequences, self.proved)
+            check_memory(self.form, self.weights, context, sequences, self.proved, stored)
         if self.form is not None and not self.proved:
             try:
                 prove(self.model, self.form, self.weights)
@@ -236,11 +259,11 @@ class Runtime:
             for site in self.weights.sites.values():
                 if self.weights.is_packed(site.path) and site.kind != "embedding":
                     self.weights.get((site.path,))
-            return TorchSession(self.model, self.weights.forwards(), context)
+            return TorchSession(self.model, self.weights.forwards(), context, stored)
         if self.share:
             give_way(self.model, self.weights)
         sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
-        return Session(*compile_form(self.form, self.weights, **sizes, cache=cache))
+        return Session(*compile_form(self.form, self.weights, **sizes, cache=stored), stored)
 
     @property
     def engine(self) -> str:
@@ -282,7 +305,7 @@ def prove(model: nn.Module, form: Form, weights: Weights) -> None:
         Unknown: they differ by more than the rounding of activations explains.
     """
     length = min(PROOF, form.limit or PROOF)
-    program, head = compile_form(form, weights, rows=7, outputs=7, sequences=2, context=length, cache="fp32")
+    program, head = compile_form(form, weights, rows=7, outputs=7, sequences=2, context=length, cache=CacheFormat("fp32"))
     session = Session(program, head)
     tokens = torch.randint(form.vocabulary, (length,), generator=torch.Generator().manual_seed(0))
     found = [session.outputs(tokens[i : i + 7].tolist()) for i in range(0, length - 4, 7)]
@@ -324,7 +347,9 @@ def give_way(model: nn.Module, weights: Weights) -> None:
             module._parameters["weight"] = nn.Parameter(module._parameters["weight"].to("meta"), requires_grad=False)
 
 
-def check_memory(form: Form, weights: Weights, context: int, sequences: int, made: bool) -> None:
+def check_memory(
+    form: Form, weights: Weights, context: int, sequences: int, made: bool, stored: CacheFormat
+) -> None:
     """Refuse what the free memory cannot hold.
 
     Raises:
@@ -334,11 +359,11 @@ def check_memory(form: Form, weights: Weights, context: int, sequences: int, mad
     if free is None:
         return
     weight = 0 if made else weights.nbytes(form.sites)
-    cache = form.cache_bytes(context, sequences)
+    cache = form.cache_bytes(context, sequences, stored)
     if weight + cache <= free:
         return
     parts = f"the weights take {said_bytes(weight)} and {sequences} x {context} tokens of context {said_bytes(cache)}"
-    fits = (free - weight) // max(1, form.cache_bytes(1, sequences))
+    fits = bisect_right(range(context), free - weight, key=lambda n: form.cache_bytes(n, sequences, stored)) - 1
     cure = f"ask for a context of at most {fits} tokens" if fits >= 64 else "take a smaller artifact or free memory"
     raise UserError(f"the model needs {said_bytes(weight + cache)}, and {said_bytes(free)} are free: {parts}; {cure}")
 
