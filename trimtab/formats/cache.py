@@ -75,7 +75,7 @@ class CacheFormat:
     def bytes(self, heads: int, size: int, context: int, sequences: int = 1) -> int:
         """Exact bytes of the cache of one layer, as the compiled kernels hold it.
 
-        Tokens are counted in whole blocks, a value's channels padded to 32, and of a packed cache one window more than
+        Tokens are counted in whole blocks, channels of values, and packed ones of keys, padded to 32, and of a packed cache one window more than
         is ever packed, for the newest tokens.
 
         >>> fp16, kivi2 = (CacheFormat.parse(text).bytes(8, 64, 16384) for text in ("fp16", "kivi2"))
@@ -92,8 +92,8 @@ class CacheFormat:
 
     def _block(self, size: int, padded: int) -> int:
         """Bytes of a packed block of one head: grids of keys, in whole cache lines, grids of values, codes of both."""
-        keys = ceil(BLOCK // self.group * size * 4 / 64) * 64 + ceil(size * self.bits / 32) * BLOCK * 4
-        return keys + ceil(size / self.group) * BLOCK * 4 + padded * BLOCK * self.bits // 8
+        grids = ceil(BLOCK // self.group * size * 4 / 64) * 64 + ceil(size / self.group) * BLOCK * 4
+        return grids + 2 * padded * BLOCK * self.bits // 8
 
     def cuts(self, start: int, count: int, most: int) -> Iterator[tuple[int, int]]:
         """Tokens `start .. start + count` in steps of at most so many, none of which crosses the end of a window:

@@ -65,8 +65,8 @@ size_t Pieces::scratch(int padded) const {
 
 size_t Attention::scratch() const {
   const size_t queries = size_t(kRows) * cache.padded, scores = size_t(kRows) * kKeys, sums = size_t(kRows) * (cache.padded + 2);
-  const size_t grids = cache.format.bits > 0 ? cache.block.spread_floats() : 0;
-  return ((queries + scores + sums + grids) * sizeof(float) + 63) / 64 * 64;
+  const size_t rows = cache.format.bits > 0 ? size_t(kRows) * cache.padded + cache.block.room() : 0;
+  return ((queries + scores + sums + rows) * sizeof(float) + 63) / 64 * 64;
 }
 
 Attention::Sums Attention::sums(std::byte* memory) const {
@@ -109,24 +109,27 @@ void Attention::piece(const Piece& p, const float* q, int ldq, const Sums& sums,
   const int size = cache.size, padded = cache.padded, rows = p.rows(), tiles = (rows + kTile - 1) / kTile;
   float* queries = reinterpret_cast<float*>(own);    // [tile][channel][row of the tile], scaled
   float* scores = queries + size_t(kRows) * padded;  // [row][key of the block]
-  float* grids = scores + size_t(kRows) * (kKeys + padded + 2);  // of a packed block
+  float* by_row = scores + size_t(kRows) * (kKeys + padded + 2);  // the queries once more, [row][channel], for packed blocks
   int low[kRows], high[kRows];                       // the keys that each row sees
-  for (int t = 0; t < tiles; ++t) std::fill_n(queries + (size_t(t) * padded + size) * kTile, size_t(padded - size) * kTile, 0.0f);
+  const int first = cache.first(p.segment.start);    // keys before it are packed
   for (int r = 0; r < rows; ++r) {
     const Place at = place(p, query_heads, cache.heads, r);
     const float* from = q + size_t(at.row) * ldq + at.head * size;
-    float* to = queries + size_t(r / kTile) * kTile * padded + r % kTile;
+    float* to = queries + size_t(r / kTile) * kTile * size + r % kTile;
     for (int c = 0; c < size; ++c) to[size_t(c) * kTile] = from[c] * scale;
+    if (first > 0) {
+      for (int c = 0; c < size; ++c) by_row[size_t(r) * padded + c] = from[c] * scale;
+      std::fill_n(by_row + size_t(r) * padded + size, padded - size, 0.0f);
+    }
     high[r] = at.position + 1;
     low[r] = window > 0 ? std::max(0, high[r] - window) : 0;
     sums.peak[r] = kNone;
     sums.total[r] = 0;
   }
   std::fill_n(sums.out, size_t(rows) * padded, 0.0f);
-  const int first = cache.first(p.segment.start);  // keys before it are packed
   const auto each_tile = [&](const auto& work) {
     for (int t = 0; t < tiles; ++t) {
-      float *some = queries + size_t(t) * kTile * padded, *s = scores + t * kTile * kKeys;
+      float *some = queries + size_t(t) * kTile * size, *s = scores + t * kTile * kKeys;
       work(std::min(kTile, rows - t * kTile), some, s, sums.out + size_t(t) * kTile * padded);
     }
   };
@@ -134,8 +137,10 @@ void Attention::piece(const Piece& p, const float* q, int ldq, const Sums& sums,
     const int keys = std::min(kKeys, p.to - block);
     const std::byte* packed = block < first ? cache.packed(p.segment.sequence, p.head, block) : nullptr;
     if (packed != nullptr) {
-      cache.block.spread_keys(packed, grids);
-      each_tile([&](int m, const float* some, float* s, float*) { cache.block.score(packed, m, some, s, grids); });
+      // The grids and codes of a block are short runs, over before the processor has seen where they lead.
+      if (block + kKeys < std::min(first, p.to))
+        for (size_t i = 0; i < cache.block.nbytes(); i += 64) simd::prefetch(packed + cache.block.nbytes() + i);
+      cache.block.score(packed, rows, by_row, scores, by_row + size_t(kRows) * padded);
     } else {
       for (int j = 0; j < keys; j += kPanel)
         each_tile([&](int m, const float* some, float* s, float*) {
@@ -165,8 +170,7 @@ void Attention::piece(const Piece& p, const float* q, int ldq, const Sums& sums,
       sums.total[r] += sum(total);
     }
     if (packed != nullptr) {
-      cache.block.spread_values(packed, grids);
-      each_tile([&](int m, const float*, const float* s, float* o) { cache.block.mix(packed, m, s, o, grids); });
+      cache.block.mix(packed, rows, scores, sums.out, by_row + size_t(kRows) * padded);
     } else {
       const T* values = cache.values<T>(p.segment.sequence, p.head, block - first);
       for (int c = 0; c < padded; c += kPanel)
