@@ -305,7 +305,9 @@ def prove(model: nn.Module, form: Form, weights: Weights) -> None:
         Unknown: they differ by more than the rounding of activations explains.
     """
     length = min(PROOF, form.limit or PROOF)
-    program, head = compile_form(form, weights, rows=7, outputs=7, sequences=2, context=length, cache=CacheFormat("fp32"))
+    program, head = compile_form(
+        form, weights, rows=7, outputs=7, sequences=2, context=length, cache=CacheFormat("fp32")
+    )
     session = Session(program, head)
     tokens = torch.randint(form.vocabulary, (length,), generator=torch.Generator().manual_seed(0))
     found = [session.outputs(tokens[i : i + 7].tolist()) for i in range(0, length - 4, 7)]
@@ -347,9 +349,7 @@ def give_way(model: nn.Module, weights: Weights) -> None:
             module._parameters["weight"] = nn.Parameter(module._parameters["weight"].to("meta"), requires_grad=False)
 
 
-def check_memory(
-    form: Form, weights: Weights, context: int, sequences: int, made: bool, stored: CacheFormat
-) -> None:
+def check_memory(form: Form, weights: Weights, context: int, sequences: int, made: bool, stored: CacheFormat) -> None:
     """Refuse what the free memory cannot hold.
 
     Raises:

@@ -3,7 +3,7 @@
 | text | what is stored of a token |
 |---|---|
 | `fp32`, `fp16`, `bf16` | keys and values in that type |
-| `kivi2`, `kivi4` | codes of 2 or 4 bits, a 16-bit step and a 16-bit lowest value a group of 32; the newest tokens in fp16 |
+| `kivi2`, `kivi4` | codes of 2 or 4 bits, a step and a lowest value in fp16 a group of 32; the newest tokens in fp16 |
 | `kivi2/g64` | the same with groups of 64 |
 | `kivi2/g32/r256` | the same, packed 256 tokens at a time in place of 128 |
 """
@@ -62,8 +62,8 @@ class CacheFormat:
         window = int(match["window"] or 128) if match else 0
         if match is None or window % BLOCK or not window:
             raise UserError(
-                f"unknown cache {text[:40]!r}; a cache is fp16, bf16, fp32, kivi4 or kivi2, or like kivi2/g64/r256 with "
-                f"groups of 32 or 64 and a window of a multiple of {BLOCK} tokens"
+                f"unknown cache {text[:40]!r}; a cache is fp16, bf16, fp32, kivi4 or kivi2, or like kivi2/g64/r256 "
+                f"with groups of 32 or 64 and a window of a multiple of {BLOCK} tokens"
             )
         return CacheFormat("fp16", match["method"], int(match["bits"]), int(match["group"] or 32), window)
 
@@ -75,8 +75,8 @@ class CacheFormat:
     def bytes(self, heads: int, size: int, context: int, sequences: int = 1) -> int:
         """Exact bytes of the cache of one layer, as the compiled kernels hold it.
 
-        Tokens are counted in whole blocks, channels of values, and packed ones of keys, padded to 32, and of a packed cache one window more than
-        is ever packed, for the newest tokens.
+        Tokens are counted in whole blocks; channels of values, and packed ones of keys, are padded to 32. Of a packed
+        cache the newest window has room as floats.
 
         >>> fp16, kivi2 = (CacheFormat.parse(text).bytes(8, 64, 16384) for text in ("fp16", "kivi2"))
         >>> fp16, kivi2, round(fp16 / kivi2, 2)

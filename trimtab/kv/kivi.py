@@ -55,8 +55,8 @@ class KIVI(Cacher):
         "kivi",
         catalogue=(387,),
         paper="arXiv:2402.02750",
-        claim="At 2 bits, keys by channel and values by token give a perplexity below the other choices of axes at equal "
-        "bytes, near that of a cache in 16 bits.",
+        claim="At 2 bits, keys by channel and values by token give a perplexity below the other choices of axes at "
+        "equal bytes, near that of a cache in 16 bits.",
         requires=frozenset({"float"}),
         keeps=frozenset({"shape", "deterministic"}),
         kinds=frozenset({"kv"}),
@@ -72,7 +72,9 @@ class KIVI(Cacher):
     def _coded(self, x: Tensor, axis: Axis) -> Coded:
         x = x.float().transpose(-1, -2) if axis == "channel" else x.float()
         cols, top = x.shape[-1], float((1 << self.bits) - 1)
-        padded = torch.arange(-(-cols // self.group) * self.group).clamp_max(cols - 1)  # repeats the last of a short group
+        padded = torch.arange(-(-cols // self.group) * self.group).clamp_max(
+            cols - 1
+        )  # repeats the last of a short group
         groups = x[..., padded].unflatten(-1, (-1, self.group))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         step, low = (t.clamp(-65504, 65504).half().float() for t in ((high - low) / top, low))
