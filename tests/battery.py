@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.core.device import Device, Heads, Kernel, Product, Work
 from trimtab.core.level import NM, Codebook, Depth, Float, Int, Level, Plus, Rank, Sparse, Width
-from trimtab.core.method import Allocator, Card, Method, Pricer, Rewriter, Scene, Solver, discover
+from trimtab.core.method import Allocator, Cacher, Card, Method, Pricer, Rewriter, Scene, Solver, discover
 from trimtab.core.modelmap import ModelMap, trace
 from trimtab.core.site import Site
 from trimtab.core.table import Row
@@ -30,6 +30,7 @@ SOLVERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Solver)
 REWRITERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Rewriter)}
 ALLOCATORS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Allocator)}
 PRICERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Pricer)}
+CACHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Cacher)}
 
 # what each verb may ask for by name: the contract of `trimtab.core.method`
 STATISTICS = {
@@ -41,6 +42,7 @@ STATISTICS = {
     "step": {"rng"},
     "loss": {"features"},
     "decide": {"rng"},
+    "store": set(),
 }
 
 
@@ -359,3 +361,29 @@ def work(level: Level, rows: int = 512, cols: int = 512, layers: int = 4, **chan
     """A forward of a few layers."""
     products = tuple(Product(level, rows, cols) for _ in range(layers))
     return Work(products, (Heads(8, 4, 64),) * layers, (cols,) * layers, **changes)
+
+
+# ---- keys and values, for cachers
+
+
+def windows() -> dict[str, tuple[Tensor, Tensor]]:
+    """Keys and values `[..., tokens, channels]` of odd shapes and contents."""
+    rng = seeded(0)
+
+    def pair(*shape: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+
+    large = pair(2, 96, 40)
+    large[0][..., 7] *= 1e6  # beyond what 16 bits hold
+    return {
+        "plain": pair(2, 3, 128, 64),
+        "one token": pair(2, 1, 64),
+        "one channel": pair(64, 1),
+        "groups that divide nothing": pair(3, 45, 39),
+        "numbers of 16 bits": (pair(2, 64, 32)[0].half(), pair(2, 64, 32)[1].half()),
+        "a channel too large": large,
+        "all the same": (torch.full((2, 64, 32), 1.5), torch.zeros(2, 64, 32)),
+    }
+
+
+WINDOWS = windows()

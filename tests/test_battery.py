@@ -16,6 +16,7 @@ import pytest
 import torch
 from battery import (
     ALLOCATORS,
+    CACHERS,
     CASES,
     EXAMPLES,
     METHODS,
@@ -24,6 +25,7 @@ from battery import (
     REWRITERS,
     SOLVERS,
     STATISTICS,
+    WINDOWS,
     Case,
     Traced,
     by_unit,
@@ -45,7 +47,7 @@ from torch import Tensor, nn
 from trimtab.core.device import Product, Work
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.core.level import Dense, Depth, Level, Width, parse_level
-from trimtab.core.method import FAMILIES, VERBS, Allocator, Method, Pricer, Rewriter, Solver, method
+from trimtab.core.method import FAMILIES, VERBS, Allocator, Cacher, Method, Pricer, Rewriter, Solver, method
 from trimtab.core.plan import Plan, check
 from trimtab.core.site import Kind, Site
 from trimtab.core.table import Row
@@ -94,7 +96,7 @@ def test_a_card_is_sound(name: str) -> None:
     assert all(type(i) is int and 1 <= i <= ENTRIES for i in card.catalogue)
     assert card.claim.strip().endswith("."), "the claim is a sentence"
     assert card.kinds <= set(get_args(Kind))
-    assert bool(card.levels) is not issubclass(cls, Allocator | Pricer)
+    assert bool(card.levels) is not issubclass(cls, Allocator | Pricer | Cacher)
     assert set(cls.needs()) <= STATISTICS[cls.verb], "it asks for what no engine has"
 
 
@@ -135,7 +137,7 @@ def test_a_configuration_round_trips_through_text_and_toml(name: str) -> None:
         changed = cls(**{field: value})
         assert changed.config() == {field: value}
         assert method(name, **json.loads(json.dumps(changed.config()))) == changed
-        if issubclass(cls, Allocator | Pricer):  # no step of a plan
+        if issubclass(cls, Allocator | Pricer | Cacher):  # no step of a plan
             continue
         plan = Plan.parse(f"{name}({field}={value!r}) @ {cls.card.levels[0]}")
         assert plan.steps[0].method == changed
@@ -461,3 +463,26 @@ def test_a_pricer_refuses_a_profile_that_has_nothing_to_go_by(name: str) -> None
     assert isinstance(pricer, Pricer)
     with pytest.raises(UserError, match="fp32"):
         pricer.price(work(Dense("fp32")), device(kernels=()))
+
+
+# ---- cachers
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+@pytest.mark.parametrize("name", CACHERS)
+def test_a_cacher_stores_what_it_was_given_nearly_and_the_same_twice(name: str, case: str) -> None:
+    cacher, given = CACHERS[name](), WINDOWS[case]
+    assert isinstance(cacher, Cacher)
+    before, state = [t.clone() for t in given], torch.random.get_rng_state()
+    stored, again = cacher.store(*given), cacher.store(*given)
+    assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True)), "its input was changed in place"
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for found, same, original in zip(stored.dense(), again.dense(), given, strict=True):
+        assert found.shape == original.shape and found.dtype == torch.float32 and bool(found.isfinite().all())
+        assert torch.equal(found, same)
+        if case in ("plain", "all the same"):
+            assert float((found - original).square().sum()) <= 0.5 * float(original.square().sum())
+    if case == "plain":
+        assert 0 < stored.nbytes < sum(2 * t.numel() for t in given), "it takes no fewer bytes than 16 bits do"
+        first = cacher.store(*(t[:1] for t in given)).dense()
+        assert all(torch.equal(a, b[:1]) for a, b in zip(first, stored.dense(), strict=True)), "sequences mix"

@@ -16,12 +16,16 @@ from hypothesis import strategies as st
 from kernel_variants import variants
 from torch import Tensor
 
+from trimtab.engine.cache import PackedLayer
+from trimtab.formats.cache import CacheFormat
 from trimtab.kernels.attention import reference
 from trimtab.kernels.dense.make import dense_weight
 from trimtab.kernels.dense.reference import apply
 from trimtab.kernels.step.reference import activate, norm, rotate
+from trimtab.kv.kivi import KIVI
 
 TOLERANCE = 2e-6  # fp32 sums in another order, as a share of the largest magnitude that goes into them
+PACKED = 5e-4  # the same where keys and values are packed: queries and shares are rounded to 16 bits against them
 CACHES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -216,6 +220,84 @@ def test_sequences_of_different_lengths_keep_to_themselves(module: ModuleType) -
     for row, i in zip(found, order, strict=True):
         q, k, v = (heads_of(t, heads, size) for t in tables[i].split(width, 1))
         assert close(np.array(row), reference.attend(q[-1:], k, v, lengths[i], 0.25).reshape(-1), 1e-5)
+
+
+# ---- packed caches
+
+
+def packed_layer(form: CacheFormat) -> PackedLayer:
+    """What the cache of one sequence holds, by plain torch."""
+    return PackedLayer(KIVI(form.bits, form.group, form.window), form.window)
+
+
+@pytest.mark.parametrize("module", variants())
+@settings(max_examples=40, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4, 7, 50]),
+    size=st.sampled_from([1, 8, 16, 40, 64, 80, 128]),
+    text=st.sampled_from(["kivi2", "kivi4", "kivi2/g64", "kivi4/g64/r64", "kivi2/g32/r64"]),
+    moves=st.lists(st.tuples(st.integers(0, 1), st.integers(1, 300), st.integers(0, 300)), min_size=1, max_size=5),
+    window=st.sampled_from([0, 1, 70]),
+    threads=st.sampled_from([1, 2, 5]),
+)
+def test_packed_attention(
+    module: ModuleType,
+    kv_heads: int,
+    group: int,
+    size: int,
+    text: str,
+    moves: list[tuple[int, int, int]],
+    window: int,
+    threads: int,
+) -> None:
+    """Two sequences that grow, in steps of up to 50 tokens, and are cut back to where they please."""
+    form, heads, context = CacheFormat.parse(text), kv_heads * group, 400
+    table, queries, keys = random(context, (heads + 2 * kv_heads) * size), heads * size, kv_heads * size
+    table[:, queries + 1] *= 10  # a channel of keys that needs a grid of its own
+    program = module.Program(50, 50, 2, context)
+    x, out = program.buffer(table.shape[1]), program.buffer(queries)
+    picked = program.buffer(queries, True)
+    program.embed(x, dense_weight(module, table))
+    index = program.cache(kv_heads, size, text)
+    program.append(x.part(queries, keys), x.part(queries + keys, keys), index)
+    program.attend(x.part(0, queries), out, index, size**-0.5, window)
+    program.select(out, picked)
+    assert program.window == form.window and program.cache_bytes == form.bytes(kv_heads, size, context, 2)
+    layers, before = [packed_layer(form) for _ in range(2)], module.threads()
+    module.set_threads(threads)
+    try:
+        for sequence, added, left in moves:
+            layer = layers[sequence]
+            start = layer.get_seq_length()
+            for first, last in form.cuts(start, min(added, context - start), 50):
+                rows = np.arange(start + first, start + last, dtype=np.int32)
+                found = program.run(picked, rows, ints(sequence), ints(start + first), ints(last - first), True)
+                q, k, v = table[start + first : start + last].split((queries, keys, keys), 1)
+                seen = layer.update(*(heads_of(t, kv_heads, size).transpose(0, 1)[None] for t in (k, v)))
+                parts = (heads_of(q, heads, size), *(t[0].transpose(0, 1) for t in seen))
+                expected = reference.attend(*parts, start + first, size**-0.5, window).reshape(last - first, queries)
+                assert close(np.array(found), expected, PACKED, float(parts[2].abs().max()))
+            layer.crop(min(0, left - layer.get_seq_length()))
+    finally:
+        module.set_threads(before)
+
+
+@pytest.mark.parametrize("module", variants())
+def test_packed_caches_are_refused_where_they_make_no_sense(module: ModuleType) -> None:
+    program = module.Program(100, 1, 1, 400)
+    for text in ("kivi3", "kivi", "kivi2/g48", "kivi2/r100", "kivi2/r0", "kivi2/g32/x", "int8", "kivi2/g32/r128/g32"):
+        with pytest.raises(ValueError, match=r"a cache holds|groups of|a window of"):
+            program.cache(1, 8, text)
+    x, picked = program.buffer(24), program.buffer(8, True)
+    program.embed(x, dense_weight(module, random(4, 24)))
+    index = program.cache(1, 8, "kivi2")
+    with pytest.raises(ValueError, match="pack as many tokens"):
+        program.cache(1, 8, "kivi2/r64")
+    program.append(x.part(8, 8), x.part(16, 8), index)
+    program.select(x.part(0, 8), picked)
+    with pytest.raises(ValueError, match="one window of 128 tokens"):
+        program.run(picked, np.zeros(100, np.int32), ints(0), ints(100), ints(100))
 
 
 # ---- what the door refuses

@@ -23,6 +23,7 @@ from trimtab.core.method import method
 from trimtab.engine import session as sessions
 from trimtab.engine.program import compile_form
 from trimtab.engine.session import Runtime, Session, Timing, TorchSession, Writer, choose, generate, map_of
+from trimtab.formats.cache import CacheFormat
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
 from trimtab.models.source import open_source
@@ -92,7 +93,7 @@ def logits(runtime: Runtime, tokens: Tensor, cuts: list[int], cache: str = "fp32
     """Logits of all positions, the tokens given in chunks."""
     assert runtime.form is not None
     sizes = {"rows": max(cuts), "outputs": max(cuts), "sequences": 1, "context": sum(cuts)}
-    session = Session(*compile_form(runtime.form, runtime.weights, **sizes, cache=cache))
+    session = Session(*compile_form(runtime.form, runtime.weights, **sizes, cache=CacheFormat.parse(cache)))
     return torch.cat([session.outputs(part.tolist()) for part in tokens.split(cuts)])
 
 
@@ -271,6 +272,41 @@ def test_compiled_and_plain_torch_write_the_same(level: str) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("cache", ["kivi2", "kivi4", "kivi2/g64/r64"])
+def test_packed_caches_write_what_torch_writes(cache: str) -> None:
+    """However the prompt was cut, and after cuts back into a packed window."""
+    source = open_source("pocket")
+    model, tokenizer = source.materialise(), source.tokenizer()
+    ids = [0, *tokenizer(Path(sessions.__file__).read_text("utf-8"), add_special_tokens=False)["input_ids"]][:300]
+    runtime, plain = Runtime(model), Runtime(model, plain=True)
+    writer, other = runtime.open(512, cache=cache), plain.open(512, cache=cache)
+    assert isinstance(writer, Session) and isinstance(other, TorchSession) and runtime.form is not None
+    assert writer.program.cache_bytes == runtime.form.cache_bytes(512, 1, CacheFormat.parse(cache))
+    assert agreed(writer, other, ids, 64) == 64
+    pieces = runtime.open(512, chunk=37, cache=cache)
+    writer.forget(0)
+    assert torch.equal(pieces.extend(0, ids), writer.extend(0, ids))
+    for length in (256, 200, 40):
+        found = []
+        for one in (writer, other):
+            one.forget(0, length)
+            found.append(one.extend(0, ids[length:290]).clone())
+        assert error(*found) < 1e-2
+
+
+def test_a_packed_cache_takes_a_fraction_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(make(*MODELS["qwen2"]))
+    if runtime.form is not None:
+        full, packed = (runtime.form.cache_bytes(100_000, 2, CacheFormat.parse(c)) for c in ("fp16", "kivi2"))
+        monkeypatch.setattr(sessions, "free_bytes", lambda: full)
+        with pytest.raises(UserError, match="ask for a context of at most"):
+            runtime.open(100_000, sequences=2)
+        assert packed < full / 3
+    with pytest.raises(UserError, match=r"unknown cache 'int3'; a cache is fp16"):
+        runtime.open(64, cache="int3")
+
+
+@compiled
 @torch.no_grad()
 def test_threads_may_change_between_steps() -> None:
     kernels, model = native(), make(*MODELS["llama"])
@@ -390,5 +426,9 @@ def test_run_says_how_fast_it_was(cli: Any) -> None:
     assert said.code == 0 and "3 tokens of prompt at" in said.err and "4 more at" in said.err
     found = cli("run", "pocket", "--prompt", "import os", "--tokens", "5", "--json").json()
     assert found["tokens"] == 5 and found["decode_tokens_per_second"] > 0 and "threads" in found["engine"]
+    packed = cli("run", "pocket", "--prompt", "import os", "--tokens", "5", "--cache", "kivi2", "--json").json()
+    assert packed["text"] == found["text"]  # all of it in the newest window, which is not packed
+    said = cli("run", "pocket", "--cache", "kivi3")
+    assert said.code == 2 and "unknown cache 'kivi3'" in said.err
     said = cli("run", "pocket", "--prompt", "import os " * 20, "--context", "16")
     assert said.code == 2 and "context is 16" in said.err

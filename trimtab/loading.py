@@ -35,6 +35,7 @@ class Loaded:
         packed: parameter name -> reader of the packed weight, for those that it stores packed.
         share: to write text, the module's weights give way to those of the kernels, so that they are in memory once.
         context: tokens that a text may have; None: as many as the model can.
+        cache: how keys and values are stored, see `formats.cache`.
         timing: how long the last text took.
         notes: sentences on what loading could not keep as it was.
         proved: is told the form of the program that writes its text, once that has proved itself.
@@ -49,6 +50,7 @@ class Loaded:
     packed: Mapping[str, Callable[[], Packed]] = field(default_factory=dict)
     share: bool = False
     context: int | None = None
+    cache: str = "fp16"
     timing: Timing | None = None
     notes: tuple[str, ...] = ()
     proved: Callable[[Form], object] = lambda form: None
@@ -128,7 +130,8 @@ class Loaded:
         if self._writer is None or self._writer.context < context:
             whole = self._limit(context)
             self._writer = None  # its cache makes room for the longer one
-            self._writer = runtime.open(self.context or min(whole, -(-context // 256) * 256), bank=self.bank)
+            room = self.context or min(whole, -(-context // 256) * 256)
+            self._writer = runtime.open(room, cache=self.cache, bank=self.bank)
         return self._writer
 
     def _opened(self) -> Runtime | Kept:
@@ -174,7 +177,9 @@ class Loaded:
         return ids
 
 
-def load(path: str | Path, *, model: str | None = None, packed: bool = False, kernels: bool = True) -> Loaded:
+def load(
+    path: str | Path, *, model: str | None = None, packed: bool = False, kernels: bool = True, cache: str = "fp16"
+) -> Loaded:
     """An artifact of `fit`, a model that others quantised, or any model that `fit` takes, ready to run.
 
     Args:
@@ -184,10 +189,21 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False, ke
         packed: keep packed linears packed in memory, and share what the kernels hold: least memory.
         kernels: of a model that writes no text, run sparse linears and convolutions on the compiled kernels where those
             are at least as fast, in fp32 as torch does; False: all on torch, which is what `fit` measured.
+        cache: to write text, how keys and values are stored: `fp16`, `bf16`, `fp32`, or packed by KIVI as `kivi4` or
+            `kivi2`, with a fraction of the bytes.
 
     Raises:
-        UserError: there is nothing of that name, or it is damaged.
+        UserError: there is nothing of that name, it is damaged, or there is no such cache.
     """
+    from trimtab.formats.cache import CacheFormat
+
+    CacheFormat.parse(cache)
+    loaded = _load(path, model, packed, kernels)
+    loaded.cache = cache
+    return loaded
+
+
+def _load(path: str | Path, model: str | None, packed: bool, kernels: bool) -> Loaded:
     from trimtab.engine.kept import keep, kept
     from trimtab.engine.program import Weights
     from trimtab.engine.session import Kept
@@ -198,7 +214,7 @@ def load(path: str | Path, *, model: str | None = None, packed: bool = False, ke
 
     if not is_artifact(path):
         if (Path(path) / "report.json").is_file() and is_artifact(Path(path) / "artifact"):
-            return load(Path(path) / "artifact", model=model, packed=packed, kernels=kernels)
+            return _load(Path(path) / "artifact", model, packed, kernels)
         if is_quantised(path):
             opened = open_quantised(path)
             module = build(opened.contents, opened.skeleton, packed=packed)

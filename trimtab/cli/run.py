@@ -23,6 +23,9 @@ def command(
     packed: Annotated[
         bool, typer.Option("--packed/--unpacked", help="keep weights packed in memory: least memory")
     ] = True,
+    cache: Annotated[
+        str, typer.Option(help="how keys and values are stored: fp16, bf16, fp32, kivi4 or kivi2")
+    ] = "fp16",
     adapter: Annotated[str | None, typer.Option(help="folder of a LoRA adapter as PEFT saves it")] = None,
     json: o.Json = False,
 ) -> None:
@@ -40,7 +43,7 @@ def command(
         torch.set_num_threads(threads)
         if (kernels := native()) is not None:
             kernels.set_threads(threads)
-    loaded = load(artifact, model=model, packed=packed)
+    loaded = load(artifact, model=model, packed=packed, cache=cache)
     loaded.share, loaded.context = packed, context
     for note in loaded.notes:
         print(note, file=sys.stderr)

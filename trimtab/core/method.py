@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from trimtab.core.device import Cost, Device, Work
     from trimtab.core.table import Row
+    from trimtab.formats.cache import Stored
     from trimtab.formats.packed import Packed
 
 FACTS = frozenset(
@@ -248,8 +249,22 @@ class Policy(Method):
         """What to do next."""
 
 
+class Cacher(Method):
+    """`store(keys, values) -> Stored`: what a cache keeps of a window of older tokens; sees no model and no queries.
+
+    It has no level: what a cache takes grows with the text, and so its format is chosen when a model is run, by a text
+    like `kivi2/g32` (see `formats.cache`), whose numbers become the method's fields.
+    """
+
+    verb = "store"
+
+    @abstractmethod
+    def store(self, keys: Tensor, values: Tensor, **stats: Any) -> Stored:
+        """Keys and values `[..., tokens, channels]` in their stored form."""
+
+
 VERBS: dict[str, type[Method]] = {
-    cls.verb: cls for cls in (Solver, Rewriter, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy)
+    cls.verb: cls for cls in (Solver, Rewriter, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy, Cacher)
 }
 
 

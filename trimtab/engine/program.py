@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.level import Float, Int, Plus
+from trimtab.formats.cache import CacheFormat
 from trimtab.formats.packed import Packed, summands
 from trimtab.kernels.integer.reference import exact_step, linear
 from trimtab.kernels.weight import weight_of
@@ -139,10 +140,10 @@ class Form:
         """Paths of all weights."""
         return tuple(path for paths in self.products for path in paths)
 
-    def cache_bytes(self, context: int, sequences: int = 1, width: int = 2) -> int:
-        """Bytes of the keys and values of so many sequences."""
-        channels = sum(2 * b.kv_heads * b.size for b in self.branches if isinstance(b, Heads))
-        return channels * context * sequences * width
+    def cache_bytes(self, context: int, sequences: int = 1, cache: CacheFormat | None = None) -> int:
+        """Exact bytes of the keys and values of so many sequences; in fp16 unless said otherwise."""
+        stored, attending = cache or CacheFormat(), [b for b in self.branches if isinstance(b, Heads)]
+        return sum(stored.bytes(b.kv_heads, b.size, context, sequences) for b in attending)
 
 
 # ---- from the map to the form
@@ -461,7 +462,7 @@ def compile_form(
     outputs: int,
     sequences: int,
     context: int,
-    cache: str,
+    cache: CacheFormat,
     bank: Bank | None = None,
 ) -> tuple[Any, Any]:
     """The program, and the slice of it that holds the logits.
@@ -470,7 +471,7 @@ def compile_form(
         rows: tokens that a step takes at most.
         outputs: tokens whose logits a step gives at most.
         sequences, context: texts that are written at once, and tokens that each may have.
-        cache: `fp16`, `bf16` or `fp32`: how keys and values are stored.
+        cache: how keys and values are stored.
         bank: adapters that sequences may use.
     """
     p = weights.kernels.Program(rows, outputs, sequences, context)
@@ -514,7 +515,7 @@ def compile_form(
                 norm(scale, part, part)
             if angles is not None:
                 p.rotate(part, heads, angles)
-        layer = p.cache(branch.kv_heads, branch.size, cache)
+        layer = p.cache(branch.kv_heads, branch.size, str(cache))
         p.append(k, v, layer)
         p.attend(q, mixed.part(0, queries), layer, branch.scale, branch.window)
         product(mixed.part(0, queries), y, (branch.output,))

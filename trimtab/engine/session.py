@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from trimtab.engine.program import (
     form_of,
     matrices_of,
 )
+from trimtab.formats.cache import CacheFormat
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
 
@@ -50,7 +52,9 @@ class Writer(Protocol):
         """Logits `[sequences, vocabulary]` after one more token of each of these sequences."""
 
     def forget(self, sequence: int, length: int = 0) -> None:
-        """Drop all tokens of a sequence but the first `length`."""
+        """Drop all tokens of a sequence but the first `length`. Where that ends within a window of a packed cache, the
+        tokens of the window that stay go on from their packed form.
+        """
 
     def use(self, sequence: int, adapter: str | None) -> None:
         """From now on tokens of the sequence go through this adapter of the bank, or through none."""
@@ -59,8 +63,8 @@ class Writer(Protocol):
 class Session:
     """A compiled program and how far each of its sequences has come."""
 
-    def __init__(self, program: Any, head: Any, bank: Bank | None = None) -> None:
-        self.program, self.head, self.bank = program, head, bank
+    def __init__(self, program: Any, head: Any, cache: CacheFormat | None = None, bank: Bank | None = None) -> None:
+        self.program, self.head, self.cache, self.bank = program, head, cache or CacheFormat(), bank
         self.context: int = program.context
         self.lengths = [0] * program.sequences
         self.adapters: dict[int, str] = {}
@@ -68,9 +72,8 @@ class Session:
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
         """Logits `[vocabulary]` after these tokens, taken in chunks of as many as the program has rows."""
         logits = None
-        for start in range(0, len(tokens), self.program.rows):
-            some = tokens[start : start + self.program.rows]
-            logits = self._run(some, [sequence], [len(some)])
+        for first, last in self.cache.cuts(self.lengths[sequence], len(tokens), self.program.rows):
+            logits = self._run(tokens[first:last], [sequence], [last - first])
         if logits is None:
             raise UserError("no tokens to go on from; give at least one")
         return torch.from_numpy(logits[0])
@@ -89,7 +92,9 @@ class Session:
 
     def outputs(self, tokens: Sequence[int]) -> Tensor:
         """Logits `[tokens, vocabulary]` after each of these tokens of sequence 0."""
-        return torch.from_numpy(self._run(tokens, [0], [len(tokens)], every=True).copy())
+        cuts = self.cache.cuts(self.lengths[0], len(tokens), len(tokens))
+        parts = [self._run(tokens[first:last], [0], [last - first], every=True).copy() for first, last in cuts]
+        return torch.from_numpy(np.concatenate(parts))
 
     def _run(self, tokens: Sequence[int], sequences: list[int], counts: list[int], every: bool = False) -> np.ndarray:
         starts = [self.lengths[s] for s in sequences]
@@ -109,20 +114,31 @@ class TorchSession:
         model: nn.Module,
         forwards: Mapping[str, Callable[[Tensor], Tensor]],
         context: int,
+        cache: CacheFormat | None = None,
         bank: Bank | None = None,
     ) -> None:
         self.model, self.forwards, self.context, self.bank = model, forwards, context, bank
+        self.cache = cache or CacheFormat()
         self.past: dict[int, Any] = {}
         self.adapters: dict[int, str] = {}
 
     @torch.no_grad()
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
         """Logits `[vocabulary]` after these tokens."""
+        past = self.past.get(sequence)
+        if past is None and self.cache.method:
+            from trimtab.engine.cache import packed_cache
+
+            past = packed_cache(self.cache)
+        out: Any = None
         with lent(self.model, {**self.forwards, **self._adapted(self.adapters.get(sequence))}):
-            out = self.model(
-                input_ids=torch.tensor([list(tokens)]), past_key_values=self.past.get(sequence), use_cache=True
-            )
-        self.past[sequence] = out.past_key_values
+            for first, last in self.cache.cuts(past.get_seq_length() if past else 0, len(tokens), len(tokens)):
+                ids = torch.tensor([list(tokens[first:last])])
+                out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+        if out is None:
+            raise UserError("no tokens to go on from; give at least one")
+        self.past[sequence] = past
         return out.logits[0, -1].float()
 
     def step(self, tokens: Mapping[int, int]) -> Tensor:
@@ -134,7 +150,8 @@ class TorchSession:
         if length == 0:
             self.past.pop(sequence, None)
         elif sequence in self.past:
-            self.past[sequence].crop(length)
+            past = self.past[sequence]
+            past.crop(min(0, length - past.get_seq_length()))
 
     def use(self, sequence: int, adapter: str | None) -> None:
         """From now on tokens of the sequence go through this adapter of the bank, or through none."""
@@ -275,14 +292,16 @@ class Runtime:
             context: tokens that a text may have.
             sequences: texts that are written at once.
             chunk: tokens of a prompt that are taken together.
-            cache: how keys and values are stored: `fp16`, `bf16` or `fp32`.
+            cache: how keys and values are stored: `fp16`, `bf16`, `fp32`, or packed as by `kivi4` or `kivi2`, see
+                `formats.cache`. On torch what is not packed stays in the model's own type.
             bank: adapters that sequences may use.
 
         Raises:
-            UserError: it does not fit into the memory that is free.
+            UserError: there is no such cache, or it does not fit into the memory that is free.
         """
+        stored = CacheFormat.parse(cache)
         if self.form is not None:
-            check_memory(self.form, self.weights, context, sequences, self.proved)
+            check_memory(self.form, self.weights, context, sequences, self.proved, stored)
         if self.form is not None and not self.proved:
             try:
                 prove(self.model, self.form, self.weights)
@@ -294,10 +313,10 @@ class Runtime:
             for path, matrix in self.weights.matrices.items():
                 if self.weights.is_packed(path) and matrix.kind != "embedding":
                     self.weights.get((path,))
-            return TorchSession(self.model, self.weights.forwards(self.model), context, bank)
+            return TorchSession(self.model, self.weights.forwards(self.model), context, stored, bank)
         if self.share:
             give_way(self.model, self.weights)
-        return _session(self.form, self.weights, context, sequences, chunk, cache, bank)
+        return _session(self.form, self.weights, context, sequences, chunk, stored, bank)
 
     def bank(self, most: int = MOST) -> Bank:
         """A place for adapters of this model."""
@@ -339,11 +358,13 @@ class Kept:
         """A session, see `Runtime.open`.
 
         Raises:
-            UserError: it does not fit into the memory that is free, or what is stored is not of the form's shapes.
+            UserError: there is no such cache, it does not fit into the memory that is free, or what is stored is not of
+                the form's shapes.
         """
-        check_memory(self.form, self.weights, context, sequences, bool(self.weights.made))
+        stored = CacheFormat.parse(cache)
+        check_memory(self.form, self.weights, context, sequences, bool(self.weights.made), stored)
         try:
-            return _session(self.form, self.weights, context, sequences, chunk, cache, bank)
+            return _session(self.form, self.weights, context, sequences, chunk, stored, bank)
         except ValueError as error:
             raise UserError(f"the stored weights are not those of the model's configuration: {error}") from error
 
@@ -354,10 +375,10 @@ class Kept:
 
 
 def _session(
-    form: Form, weights: Weights, context: int, sequences: int, chunk: int, cache: str, bank: Bank | None
+    form: Form, weights: Weights, context: int, sequences: int, chunk: int, cache: CacheFormat, bank: Bank | None
 ) -> Session:
     sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
-    return Session(*compile_form(form, weights, **sizes, cache=cache, bank=bank), bank)
+    return Session(*compile_form(form, weights, **sizes, cache=cache, bank=bank), cache, bank)
 
 
 def _said(kernels: Any) -> str:
@@ -392,7 +413,9 @@ def prove(model: nn.Module, form: Form, weights: Weights) -> None:
         Unknown: they differ by more than the rounding of activations explains.
     """
     length = min(PROOF, form.limit or PROOF)
-    program, head = compile_form(form, weights, rows=7, outputs=7, sequences=2, context=length, cache="fp32")
+    program, head = compile_form(
+        form, weights, rows=7, outputs=7, sequences=2, context=length, cache=CacheFormat("fp32")
+    )
     session = Session(program, head)
     tokens = torch.randint(form.vocabulary, (length,), generator=torch.Generator().manual_seed(0))
     found = [session.outputs(tokens[i : i + 7].tolist()) for i in range(0, length - 4, 7)]
@@ -434,7 +457,7 @@ def give_way(model: nn.Module, weights: Weights) -> None:
             module._parameters["weight"] = nn.Parameter(module._parameters["weight"].to("meta"), requires_grad=False)
 
 
-def check_memory(form: Form, weights: Weights, context: int, sequences: int, made: bool) -> None:
+def check_memory(form: Form, weights: Weights, context: int, sequences: int, made: bool, stored: CacheFormat) -> None:
     """Refuse what the free memory cannot hold.
 
     Raises:
@@ -444,11 +467,11 @@ def check_memory(form: Form, weights: Weights, context: int, sequences: int, mad
     if free is None:
         return
     weight = 0 if made else weights.nbytes(form.sites)
-    cache = form.cache_bytes(context, sequences)
+    cache = form.cache_bytes(context, sequences, stored)
     if weight + cache <= free:
         return
     parts = f"the weights take {said_bytes(weight)} and {sequences} x {context} tokens of context {said_bytes(cache)}"
-    fits = (free - weight) // max(1, form.cache_bytes(1, sequences))
+    fits = bisect_right(range(context), free - weight, key=lambda n: form.cache_bytes(n, sequences, stored)) - 1
     cure = f"ask for a context of at most {fits} tokens" if fits >= 64 else "take a smaller artifact or free memory"
     raise UserError(f"the model needs {said_bytes(weight + cache)}, and {said_bytes(free)} are free: {parts}; {cure}")
 

@@ -19,10 +19,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     assert flat.size == 0 or int(flat.max()) < 1 << bits, "a code is too wide"
     if bits == 8:
         return torch.from_numpy(flat.astype(np.uint8))
-    if bits == 4:
-        low, high = flat[0::2], np.zeros((flat.size + 1) // 2, np.uint16)
-        high[: flat.size // 2] = flat[1::2]
-        return torch.from_numpy((low | high << 4).astype(np.uint8))
+    if 8 % bits == 0:
+        each = 8 // bits
+        found = np.zeros(-(-flat.size // each), np.uint8)
+        for i in range(each):
+            found[: len(flat[i::each])] |= flat[i::each].astype(np.uint8) << (i * bits)
+        return torch.from_numpy(found)
     places = np.arange(bits, dtype=np.uint16)
     parts = [
         np.packbits(((flat[i : i + _CHUNK, None] >> places) & 1).astype(np.uint8).ravel(), bitorder="little")
@@ -40,9 +42,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     data = packed.numpy()
     if bits == 8:
         return torch.from_numpy(data[:count].astype(np.int32))
-    if bits == 4:
-        codes = np.empty(2 * data.size, np.int32)
-        codes[0::2], codes[1::2] = data & 15, data >> 4
+    if 8 % bits == 0:
+        each = 8 // bits
+        codes = np.empty(each * data.size, np.int32)
+        for i in range(each):
+            codes[i::each] = data >> (i * bits) & ((1 << bits) - 1)
         return torch.from_numpy(codes[:count])
     codes = np.empty(count, np.int32)
     weights = (1 << np.arange(bits)).astype(np.int32)

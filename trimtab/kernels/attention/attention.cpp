@@ -64,8 +64,9 @@ size_t Pieces::scratch(int padded) const {
 }
 
 size_t Attention::scratch() const {
-  const size_t queries = size_t(kRows) * cache.size, scores = size_t(kRows) * kKeys, sums = size_t(kRows) * (cache.padded + 2);
-  return ((queries + scores + sums) * sizeof(float) + 63) / 64 * 64;
+  const size_t queries = size_t(kRows) * cache.padded, scores = size_t(kRows) * kKeys, sums = size_t(kRows) * (cache.padded + 2);
+  const size_t rows = cache.format.bits > 0 ? size_t(kRows) * cache.padded + cache.block.room() : 0;
+  return ((queries + scores + sums + rows) * sizeof(float) + 63) / 64 * 64;
 }
 
 Attention::Sums Attention::sums(std::byte* memory) const {
@@ -83,7 +84,7 @@ void Attention::run(const Pieces& work, const float* q, int ldq, float* out, int
     const Piece& p = work.pieces[i];
     divided |= p.parts > 1;
     if (i % team.size != team.rank) continue;
-    const Sums here = sums(p.parts > 1 ? merged + i * stride : own + (size_t(kRows) * (cache.size + kKeys)) * sizeof(float));
+    const Sums here = sums(p.parts > 1 ? merged + i * stride : own + (size_t(kRows) * (cache.padded + kKeys)) * sizeof(float));
     cache.with_type([&]<typename T>(T*) { piece<T>(p, q, ldq, here, own); });
     if (p.parts > 1) continue;
     for (int r = 0; r < p.rows(); ++r) {
@@ -106,26 +107,47 @@ void Attention::run(const Pieces& work, const float* q, int ldq, float* out, int
 template <typename T>
 void Attention::piece(const Piece& p, const float* q, int ldq, const Sums& sums, std::byte* own) const {
   const int size = cache.size, padded = cache.padded, rows = p.rows(), tiles = (rows + kTile - 1) / kTile;
-  float* queries = reinterpret_cast<float*>(own);  // [tile][channel][row of the tile], scaled
-  float* scores = queries + size_t(kRows) * size;  // [row][key of the block]
-  int low[kRows], high[kRows];                     // the keys that each row sees
+  float* queries = reinterpret_cast<float*>(own);    // [tile][channel][row of the tile], scaled
+  float* scores = queries + size_t(kRows) * padded;  // [row][key of the block]
+  float* by_row = scores + size_t(kRows) * (kKeys + padded + 2);  // the queries once more, [row][channel], for packed blocks
+  int low[kRows], high[kRows];                       // the keys that each row sees
+  const int first = cache.first(p.segment.start);    // keys before it are packed
   for (int r = 0; r < rows; ++r) {
     const Place at = place(p, query_heads, cache.heads, r);
     const float* from = q + size_t(at.row) * ldq + at.head * size;
     float* to = queries + size_t(r / kTile) * kTile * size + r % kTile;
     for (int c = 0; c < size; ++c) to[size_t(c) * kTile] = from[c] * scale;
+    if (first > 0) {
+      for (int c = 0; c < size; ++c) by_row[size_t(r) * padded + c] = from[c] * scale;
+      std::fill_n(by_row + size_t(r) * padded + size, padded - size, 0.0f);
+    }
     high[r] = at.position + 1;
     low[r] = window > 0 ? std::max(0, high[r] - window) : 0;
     sums.peak[r] = kNone;
     sums.total[r] = 0;
   }
   std::fill_n(sums.out, size_t(rows) * padded, 0.0f);
+  const auto each_tile = [&](const auto& work) {
+    for (int t = 0; t < tiles; ++t) {
+      float *some = queries + size_t(t) * kTile * size, *s = scores + t * kTile * kKeys;
+      work(std::min(kTile, rows - t * kTile), some, s, sums.out + size_t(t) * kTile * padded);
+    }
+  };
   for (int block = std::max(p.from, low[0] / kKeys * kKeys); block < p.to; block += kKeys) {
     const int keys = std::min(kKeys, p.to - block);
-    for (int j = 0; j < keys; j += kPanel)
-      for (int t = 0; t < tiles; ++t)
-        tile<1, kTile>(std::min(kTile, rows - t * kTile), cache.keys<T>(p.segment.sequence, p.head, block + j), kPanel, size,
-                       queries + size_t(t) * kTile * size, scores + t * kTile * kKeys + j, kKeys, false);
+    const std::byte* packed = block < first ? cache.packed(p.segment.sequence, p.head, block) : nullptr;
+    if (packed != nullptr) {
+      // The grids and codes of a block are short runs, over before the processor has seen where they lead.
+      if (block + kKeys < std::min(first, p.to))
+        for (size_t i = 0; i < cache.block.nbytes(); i += 64) simd::prefetch(packed + cache.block.nbytes() + i);
+      cache.block.score(packed, rows, by_row, scores, by_row + size_t(kRows) * padded);
+    } else {
+      for (int j = 0; j < keys; j += kPanel)
+        each_tile([&](int m, const float* some, float* s, float*) {
+          const T* panel = cache.keys<T>(p.segment.sequence, p.head, block - first + j);
+          tile<1, kTile>(m, panel, kPanel, size, some, s + j, kKeys, false);
+        });
+    }
     for (int r = 0; r < rows; ++r) {
       float* s = scores + r * kKeys;
       mask(s, low[r] - block, std::min(high[r] - block, keys));
@@ -147,10 +169,13 @@ void Attention::piece(const Piece& p, const float* q, int ldq, const Sums& sums,
       }
       sums.total[r] += sum(total);
     }
-    for (int c = 0; c < padded; c += kPanel)
-      for (int t = 0; t < tiles; ++t)
-        tile<kKeys, 1>(std::min(kTile, rows - t * kTile), cache.values<T>(p.segment.sequence, p.head, block) + c, padded, keys,
-                       scores + t * kTile * kKeys, sums.out + size_t(t) * kTile * padded + c, padded, true);
+    if (packed != nullptr) {
+      cache.block.mix(packed, rows, scores, sums.out, by_row + size_t(kRows) * padded);
+    } else {
+      const T* values = cache.values<T>(p.segment.sequence, p.head, block - first);
+      for (int c = 0; c < padded; c += kPanel)
+        each_tile([&](int m, const float*, const float* s, float* o) { tile<kKeys, 1>(m, values + c, padded, keys, s, o + c, padded, true); });
+    }
   }
 }
 

@@ -31,7 +31,8 @@ struct Fp16 {
   uint16_t bits;
 };
 
-inline F32 splat(float x) { return F32{} + x; }
+// Less zero, not plus: that is x also where x is -0, and so no more than a load that repeats it.
+inline F32 splat(float x) { return x - F32{}; }
 inline F32 load(const float* p) {
   F32 v;
   std::memcpy(&v, p, sizeof v);
@@ -52,20 +53,32 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 inline F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 
-inline float sum(F32 v) {
+// The lanes combined: halves with halves, down to one.
+template <typename Combine>
+[[gnu::always_inline]] inline float folded(F32 v, const Combine& combine) {
+#if defined(__AVX512F__)
+  const __m512 whole = (__m512)v;
+  __m256 eight = combine(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+#elif defined(__AVX2__)
+  __m256 eight = (__m256)v;
+#endif
+#if defined(__AVX2__)
+  __m128 four = combine(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = combine(four, _mm_movehl_ps(four, four));
+  return combine(four, _mm_movehdup_ps(four))[0];
+#else
   float lanes[kLanes];
   store(lanes, v);
   for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    for (int i = 0; i < width; ++i) lanes[i] = combine(lanes[i], lanes[i + width]);
   return lanes[0];
+#endif
 }
-
+inline float sum(F32 v) {
+  return folded(v, [](auto a, auto b) { return a + b; });
+}
 inline float largest(F32 v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+  return folded(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- 16-bit types

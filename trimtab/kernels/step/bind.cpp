@@ -59,6 +59,8 @@ void bind_step(nb::module_& module) {
       .def_ro("context", &Program::context)
       .def_rw("timed", &Program::timed, "Whether the time of each operation is taken.")
       .def_prop_ro("nbytes", &Program::nbytes, "Bytes of buffers, scratch and caches.")
+      .def_prop_ro("cache_bytes", &Program::cache_bytes, "Bytes of the caches alone.")
+      .def_prop_ro("window", &Program::window, "Tokens that the caches pack together, across which no segment goes; 0: none.")
       .def("profile", &Program::profile, "(operation, seconds) summed up over the steps that were timed.")
       .def("buffer", &Program::buffer, nb::arg("width"), nb::arg("picked") = false,
            "A row of floats for each token, or for each token whose outputs are asked for.")

@@ -164,15 +164,25 @@ class Rotate final : public Operation {
 // Puts the new keys and values into the cache.
 class Append final : public Operation {
  public:
-  Append(Slice k, Slice v, int cache) : Operation("append"), k_(k), v_(v), cache_(cache) {}
+  Append(Slice k, Slice v, Cache& cache) : Operation("append"), k_(k), v_(v), cache_(cache) {}
   void run(const Program& p, const Step& step, const Team& team) const override {
-    const Cache& cache = p.cache_at(cache_);
+    Cache& cache = cache_;
+    if (cache.format.bits > 0) {
+      const auto [first, last] = team.share(cache.heads * static_cast<int>(step.segments.size()));
+      for (int i = first; i < last; ++i) {
+        const Segment& s = step.segments[i / cache.heads];
+        cache.turn(s.sequence, i % cache.heads, s.start);
+      }
+      team.sync();
+      if (team.rank == 0)
+        for (const Segment& s : step.segments) cache.turned(s.sequence, s.start);
+    }
     // By heads first: tokens of a head lie side by side, and no two threads write to one line.
     const auto [first, last] = team.share(cache.heads * step.rows);
     cache.with_type([&]<typename T>(T*) {
       for (int i = first; i < last; ++i) {
-        const int head = i / step.rows, r = i % step.rows, c = head * cache.size;
-        cache.put<T>(step.sequence[r], head, step.position[r], p.at(k_) + size_t(r) * p.stride(k_) + c,
+        const int head = i / step.rows, r = i % step.rows, c = head * cache.size, position = step.position[r];
+        cache.put<T>(step.sequence[r], head, position - cache.first(position), p.at(k_) + size_t(r) * p.stride(k_) + c,
                      p.at(v_) + size_t(r) * p.stride(v_) + c);
       }
     });
@@ -181,7 +191,7 @@ class Append final : public Operation {
 
  private:
   const Slice k_, v_;
-  const int cache_;
+  Cache& cache_;
 };
 
 class Attend final : public Operation {
@@ -252,7 +262,9 @@ Slice Program::buffer(int width, bool picked) {
 
 int Program::cache(int heads, int size, const std::string& type) {
   require(heads > 0 && size > 0 && size <= 1024, "a cache has at least one head, of a size between 1 and 1024");
-  caches_.push_back(std::make_unique<Cache>(sequences, context, heads, size, Cache::parse(type)));
+  const Format format = Format::parse(type);
+  require(caches_.empty() || caches_[0]->format.window == format.window, "all caches of a program pack as many tokens together");
+  caches_.push_back(std::make_unique<Cache>(sequences, context, heads, size, format));
   return static_cast<int>(caches_.size()) - 1;
 }
 
@@ -347,7 +359,7 @@ void Program::append(Slice k, Slice v, int index) {
   require(index >= 0 && index < static_cast<int>(caches_.size()), "there is no such cache");
   const Cache& cache = *caches_[index];
   require(!picked(k) && k.width == cache.heads * cache.size && v.width == k.width, "keys and values have the width of the cache");
-  add(std::make_unique<Append>(k, v, index));
+  add(std::make_unique<Append>(k, v, *caches_[index]));
 }
 
 void Program::attend(Slice q, Slice out, int index, float scale, int window) {
@@ -392,6 +404,7 @@ void Program::run(const int* tokens, int count, const std::vector<Segment>& segm
     seen[s.sequence] = true;
     require(s.count > 0 && s.count <= count && s.start >= 0 && s.start <= context - s.count, "tokens " + std::to_string(s.start) + " to " + std::to_string(int64_t(s.start) + s.count) + " are not within the context of " + std::to_string(context));
     for (int places : places_) require(s.start + s.count <= places, "there is no position " + std::to_string(s.start + s.count - 1));
+    require(window() == 0 || s.start / window() == (s.start + s.count - 1) / window(), "a segment's tokens lie in one window of " + std::to_string(window()) + " tokens, which are packed together");
     total += s.count;
     require(total <= count, "the segments have more tokens than were given");
   }
@@ -464,8 +477,10 @@ void Program::run(const int* tokens, int count, const std::vector<Segment>& segm
   });
 }
 
-size_t Program::nbytes() const {
-  size_t bytes = floats_ * sizeof(float) + scratch_.size();
+size_t Program::nbytes() const { return floats_ * sizeof(float) + scratch_.size() + cache_bytes(); }
+
+size_t Program::cache_bytes() const {
+  size_t bytes = 0;
   for (const auto& cache : caches_) bytes += cache->nbytes();
   return bytes;
 }

@@ -85,13 +85,14 @@ class Program {
   int stride(Slice s) const { return widths_[s.buffer]; }
   bool picked(Slice s) const { return is_picked_[s.buffer]; }
   int count(Slice s, const Step& step) const { return picked(s) ? static_cast<int>(step.picked.size()) : step.rows; }
-  const Cache& cache_at(int i) const { return *caches_[i]; }
   const Angles& angles_at(int i) const { return angles_[i]; }
   const Step& step() const { return step_; }
   const Adapters* adapters() const { return adapters_.get(); }
 
   void check_output(Slice s) const;  // refuse a slice that holds no outputs
   size_t nbytes() const;  // of buffers, scratch and caches, once it has run
+  size_t cache_bytes() const;
+  int window() const { return caches_.empty() ? 0 : caches_[0]->format.window; }  // tokens that caches pack together; 0: none
   std::vector<std::pair<std::string, double>> profile() const;
 
   const int rows, outputs, sequences, context;
