@@ -39,7 +39,7 @@ STATISTICS = {
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
     "wrap": {"gram", "mean", "absmean", "grad", "rng"},
-    "step": {"rng"},
+    "step": {"rng", "seed"},
     "loss": {"features"},
     "decide": {"rng"},
     "store": set(),

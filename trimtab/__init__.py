@@ -15,9 +15,10 @@ from trimtab.core.errors import BudgetError, UserError
 if TYPE_CHECKING:
     from trimtab.fitting import Fit, fit
     from trimtab.loading import Loaded, load
+    from trimtab.optimising import optimizer
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__", "fit", "load"]
+__all__ = ["Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__", "fit", "load", "optimizer"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module("trimtab.loading"), name)
+    if name == "optimizer":
+        from importlib import import_module
+
+        return import_module("trimtab.optimising").optimizer
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")

@@ -208,8 +208,11 @@ class Wrapper(Method):
 class Optimiser(Method):
     """`init(param)`, `step(grad, state, param)` and `state_bytes(shape)`: an update rule of one tensor.
 
-    `step` returns the direction: the driver (`trimtab.parts.stepping`, a `torch.optim.Optimizer`) applies
-    `param <- (1 - lr * decay) param - lr * direction`. State tensors are updated in place and never made anew.
+    `step` returns the direction, or a tensor and a factor that it is to be multiplied with: the driver
+    (`trimtab.parts.stepping`, a `torch.optim.Optimizer`) applies `param <- (1 - lr * decay) param - lr * direction`.
+    State tensors are updated in place and never made anew; numbers of the state are ints and floats, `step` among them.
+    Keyword-only parameters: `rng`, a generator seeded by the run's seed, the parameter's place and its step; `seed`,
+    the run's.
     """
 
     verb = "step"
@@ -219,7 +222,7 @@ class Optimiser(Method):
         """The state for a parameter: tensors and numbers."""
 
     @abstractmethod
-    def step(self, grad: Tensor, state: dict[str, Any], param: Tensor, **stats: Any) -> Tensor:
+    def step(self, grad: Tensor, state: dict[str, Any], param: Tensor, **given: Any) -> Any:
         """The direction for a gradient, in the parameter's shape."""
 
     @abstractmethod

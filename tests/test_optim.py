@@ -1,0 +1,168 @@
+"""Optimisers: what every update rule promises, and its numbers written out."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from battery import METHODS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import trimtab
+from trimtab.core.errors import UserError
+from trimtab.core.method import Optimiser, method
+from trimtab.parts.moments import gaussian, leading
+from trimtab.parts.stepping import Stepping
+
+OPTIMISERS = sorted(name for name, cls in METHODS.items() if issubclass(cls, Optimiser))
+each = pytest.mark.parametrize("name", OPTIMISERS)
+
+
+def small(name: str, rank: int = 4) -> Any:
+    known = {"rank": rank, "every": 3}
+    fields = {k: v for k, v in known.items() if k in METHODS[name].__dataclass_fields__}  # type: ignore[attr-defined]
+    return method(name, **(fields if name != "apollo-mini" else {"every": 3}))
+
+
+def grads(shape: tuple[int, ...], steps: int, seed: int = 0) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=rng) for _ in range(steps)]
+
+
+def run(optimiser: torch.optim.Optimizer, params: list[nn.Parameter], steps: list[list[Tensor]]) -> None:
+    for step in steps:
+        for param, grad in zip(params, step, strict=True):
+            param.grad = grad.clone()
+        optimiser.step()
+
+
+@each
+@settings(max_examples=30, deadline=None)
+@given(shape=st.lists(st.integers(1, 20), max_size=3).map(tuple), bf16=st.booleans())
+def test_state_is_what_it_says_and_the_direction_has_the_shape(name: str, shape: tuple[int, ...], bf16: bool) -> None:
+    param = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16 if bf16 else torch.float32))
+    optimiser = Stepping([param], small(name), lr=0.1)
+    for grad in grads(shape, 4):
+        param.grad = grad.to(param.dtype)
+        before = param.grad.clone()
+        optimiser.step()
+        assert torch.equal(param.grad, before), "a gradient is the caller's"
+    assert param.shape == shape and bool(param.isfinite().all())
+    bytes_ = small(name).state_bytes(shape)
+    assert optimiser.state_bytes() == (bytes_ // 2 if bf16 else bytes_)
+
+
+@each
+def test_two_runs_are_equal_and_a_run_goes_on_to_the_bit(name: str) -> None:
+    shapes = [(12, 30), (30, 12), (7,)]
+    steps = [[grads(shape, 8, i)[n] for i, shape in enumerate(shapes)] for n in range(8)]
+
+    def fresh() -> tuple[list[nn.Parameter], Stepping]:
+        params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        return params, Stepping(params, small(name), lr=0.01, weight_decay=0.1, seed=3)
+
+    (whole, one), (cut, two) = fresh(), fresh()
+    run(one, whole, steps)
+    run(two, cut, steps[:5])
+    state = copy.deepcopy(two.state_dict())
+    resumed = [nn.Parameter(p.detach().clone()) for p in cut]
+    three = Stepping(resumed, small(name), lr=0.01, weight_decay=0.1, seed=3)
+    three.load_state_dict(state)
+    run(three, resumed, steps[5:])
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@each
+def test_a_rank_that_is_not_smaller_is_adam(name: str) -> None:
+    if "rank" not in METHODS[name].__dataclass_fields__ or name == "apollo-mini":  # type: ignore[attr-defined]
+        pytest.skip("it projects nothing, or to rank 1")
+    ours, adam = nn.Parameter(torch.ones(6, 9)), nn.Parameter(torch.ones(6, 9))
+    rule = method(name, rank=6)
+    steps = [[grad] for grad in grads((6, 9), 5)]
+    run(Stepping([ours], rule, lr=0.01), [ours], steps)
+    run(torch.optim.AdamW([adam], lr=0.01, weight_decay=0.0, eps=1e-6), [adam], steps)
+    assert torch.allclose(ours, adam, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_is_torchs() -> None:
+    ours, theirs = nn.Parameter(torch.ones(6, 9)), nn.Parameter(torch.ones(6, 9))
+    steps = [[grad] for grad in grads((6, 9), 9)]
+    run(trimtab.optimizer([ours], "adamw", lr=0.01, weight_decay=0.1), [ours], steps)
+    run(torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1), [theirs], steps)
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@each
+def test_a_loss_falls(name: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    target, x = torch.randn(20, 16, generator=rng), torch.randn(64, 16, generator=rng)
+    layer = nn.Linear(16, 20, bias=False)
+    optimiser = Stepping(layer.parameters(), small(name), lr=0.08 if name == "galore" else 0.02)  # a quarter goes in
+    losses = []
+    for _ in range(150):
+        loss = (layer(x) - x @ target.T).square().mean()
+        losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_channels_are_scaled_as_the_projection_says() -> None:
+    """One step of APOLLO, written out."""
+    grad, rank, seed = grads((6, 40), 1)[0], 3, 5
+    param = nn.Parameter(torch.zeros(6, 40))
+    param.grad = grad.clone()
+    trimtab.optimizer([param], "apollo", lr=1.0, seed=seed, rank=rank, scale=4.0).step()
+    narrow = gaussian(6, rank, seed).T @ grad
+    ratio = (narrow / (narrow.abs() + 1e-6)).norm(dim=0) / (narrow.norm(dim=0) + 1e-8)
+    assert torch.allclose(param, -2.0 * grad * ratio, rtol=1e-4)
+    mini = nn.Parameter(torch.zeros(6, 40))
+    mini.grad = grad.clone()
+    trimtab.optimizer([mini], "apollo-mini", lr=1.0, seed=seed).step()
+    narrow = gaussian(6, 1, seed).T @ grad
+    ratio = (narrow / (narrow.abs() + 1e-6)).norm() / narrow.norm()
+    assert torch.allclose(mini, -(128**0.5) * grad * ratio, rtol=1e-4)
+
+
+def test_growth_is_cut() -> None:
+    param, rule = nn.Parameter(torch.zeros(6, 40)), method("apollo", rank=2)
+    optimiser, lengths = Stepping([param], rule, lr=1.0), []
+    for grow, grad in zip((1.0, 1.0, 50.0, 50.0), grads((6, 40), 4), strict=True):
+        before, param.grad = param.detach().clone(), grow * grad
+        optimiser.step()
+        lengths.append(float((param.detach() - before).norm()))
+    assert all(after <= 1.0101 * before for before, after in pairwise(lengths))
+
+
+def test_leading_vectors_are_those_of_the_decomposition() -> None:
+    rng = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 24, generator=rng)).Q for n in (24, 60))
+    matrix = left @ torch.diag(0.6 ** torch.arange(24.0)) @ right.T
+    for m, expected in ((matrix, left), (matrix.T, left)):
+        found = leading(m, 5, torch.Generator().manual_seed(1))
+        assert torch.allclose((found.T @ expected[:, :5]).abs(), torch.eye(5), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "config", "said"),
+    [
+        ("apollo", {"rank": 0}, "rank and every are 1 or more"),
+        ("galore", {"every": 0}, "both are 1 or more"),
+        ("gptq", {}, "updates no parameters"),
+        ("apolo", {}, "did you mean 'apollo'"),
+        ("apollo", {"ranks": 3}, "no field 'ranks'"),
+    ],
+)
+def test_what_cannot_be_is_refused(rule: str, config: dict[str, Any], said: str) -> None:
+    param = nn.Parameter(torch.ones(4, 4))
+    param.grad = torch.ones(4, 4)
+    with pytest.raises(UserError, match=said):
+        trimtab.optimizer([param], rule, **config).step()
+    with pytest.raises(UserError, match="neither may be negative"):
+        trimtab.optimizer([param], "adamw", lr=-1.0)
