@@ -69,10 +69,11 @@ class Stepping(torch.optim.Optimizer):
         direction = self.method.step(param.grad, state, param, **given)
         if group["weight_decay"]:
             param.mul_(1 - group["lr"] * group["weight_decay"])
-        if isinstance(direction, tuple):
-            param.addcmul_(*direction, value=-group["lr"])
+        grad, factor = direction if isinstance(direction, tuple) else (direction, None)
+        if factor is None or factor.numel() == 1:  # a number is cheaper than a tensor that is broadcast
+            param.add_(grad, alpha=-group["lr"] * (1.0 if factor is None else float(factor)))
         else:
-            param.add_(direction, alpha=-group["lr"])
+            param.addcmul_(grad, factor, value=-group["lr"])
 
     def _rng(self, place: int, step: int) -> torch.Generator:
         digest = hashlib.sha256(repr((self.seed, place, step)).encode()).digest()
