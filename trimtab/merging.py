@@ -233,7 +233,7 @@ def open_model(name: str) -> Model:
         origin = _adapted(adapted)
         raise UserError(
             f"{name} is an adapter{f' for {origin}' if origin else ''} and no model; apply it first, with peft's "
-            "`PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)`, and merge the folder"
+            "`PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)`, and merge that"
         )
     if (folder / "trimtab.json").is_file():
         raise UserError(f"{name} is a compressed artifact; merge original models, and compress the result")

@@ -63,6 +63,14 @@ def _seed(*parts: object) -> int:
 # ---- statistics
 
 
+def passes_of(piece: Piece) -> int:
+    """How often a tensor is gone through before it is merged."""
+    needs = piece.method.needs() if piece.method else ()
+    if "threshold" in needs and any(d < 1 for d in piece.density):
+        return PASSES
+    return int("gram" in needs or "peak" in needs)
+
+
 class Survey:
     """The statistics of a tensor that its method asks for, from tiles in a few passes."""
 
@@ -76,7 +84,7 @@ class Survey:
             self.kth = [*ks]
         self.gram = torch.zeros(count, count, dtype=torch.float64) if "gram" in needs else None
         self.peak = torch.zeros(count) if "peak" in needs else None
-        self.passes = PASSES if any(self.kth) else int(self.gram is not None or self.peak is not None)
+        self.passes = passes_of(piece)
         self._pass = 0
 
     def look(self, tensors: Sequence[Tensor], base: Tensor | None) -> Callable[[], None]:

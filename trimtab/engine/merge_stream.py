@@ -12,8 +12,8 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import Journal, writing
-from trimtab.engine.merge import TILE, Piece, Survey, check_finite, tiles
+from trimtab.engine.merge import TILE, Piece, Survey, check_finite, passes_of, tiles
 from trimtab.formats.checkpoint import DTYPES, INDEX, Entry, index_bytes, layout, shard_names
 
 BUFFERS = 192 << 20  # bytes that were read ahead or wait to be written
@@ -175,7 +175,6 @@ class _Stream:
     ) -> None:
         self.jobs, self.places, self.files, self.journal = jobs, places, files, journal
         self.digests: dict[str, list[str]] = {}
-        self.surveys = {job.piece.name: Survey(job.piece) for job in jobs}
         self.filled: queue.Queue[_Span] = queue.Queue()
         self.results: queue.Queue[_Result | None] = queue.Queue()
         self.inputs: queue.Queue[Tensor] = queue.Queue()
@@ -190,6 +189,7 @@ class _Stream:
         self.stopping, self.written = threading.Event(), 0
         self.failure: BaseException | None = None
         self.crowded = sum(e.stop - e.start for job in jobs for e in job.entries) > _available() // 2
+        self.committer = ThreadPoolExecutor(1)
         self.team = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
 
     def __enter__(self) -> _Stream:
@@ -203,6 +203,7 @@ class _Stream:
     def __exit__(self, *reason: object) -> None:
         self.stopping.set()
         self.team.shutdown(cancel_futures=True)
+        self.committer.shutdown(cancel_futures=True)
         self.reader.join()
         self.writer.join()
 
@@ -231,7 +232,7 @@ class _Stream:
                     if entry.file not in opened:
                         opened[entry.file] = _open(entry.file)
                         stack.callback(os.close, opened[entry.file])
-                for turn in range(self.surveys[job.piece.name].passes + 1):
+                for turn in range(passes_of(job.piece) + 1):
                     for span in self._spans(job, turn):
                         for entry, buffer in zip(job.entries, span.buffers, strict=True):
                             _fill(opened[entry.file], entry, span.start * DTYPES[entry.dtype][0], buffer)
@@ -270,7 +271,7 @@ class _Stream:
             raise self.failure
 
     def _one(self, job: Job) -> None:
-        survey, hashes = self.surveys[job.piece.name], [hashlib.sha256() for _ in job.entries]
+        survey, hashes = Survey(job.piece), [hashlib.sha256() for _ in job.entries]
         for turn in range(survey.passes + 1):
             statistics = survey.statistics() if turn == survey.passes else {}
             last = False
@@ -346,6 +347,7 @@ class _Stream:
     def _write(self) -> None:
         finished: list[str] = []
         waiting, touched = 0, set()
+        commits: list[Future[None]] = []
         while True:
             result: _Result | None = self._take(self.results)
             if result is not None:
@@ -359,13 +361,19 @@ class _Stream:
                 if result.slot is not None:
                     self.outputs.put(result.slot)
             if finished and (result is None or waiting >= COMMIT):
-                with writing(self.journal.folder):
-                    for shard in touched:
-                        os.fdatasync(self.files[shard])
-                self.journal.append(f"tensors {len(self.journal.done)}", {n: self.digests[n] for n in finished})
+                commits.append(self.committer.submit(self._commit, finished, touched))
                 finished, waiting, touched = [], 0, set()
+            while commits and (result is None or commits[0].done()):
+                commits.pop(0).result()
             if result is None:
                 return
+
+    def _commit(self, finished: Sequence[str], touched: Iterable[int]) -> None:
+        """Have tensors on disk, and then say so; meanwhile the next are written."""
+        with writing(self.journal.folder):
+            for shard in touched:
+                os.fdatasync(self.files[shard])
+        self.journal.append(f"tensors {len(self.journal.done)}", {n: self.digests[n] for n in finished})
 
 
 def _type(name: str) -> torch.dtype:

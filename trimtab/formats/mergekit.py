@@ -5,13 +5,14 @@ Where mergekit computes in the type of the checkpoints, a merge here computes in
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import UserError
-from trimtab.core.method import did_you_mean
+from trimtab.core.method import did_you_mean, method
 from trimtab.core.recipe import Parent, Recipe, Rule, Setting, Slice
 
 # mergekit's name -> ours, and what it means beside; any other name is taken as one of our methods
@@ -25,6 +26,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "passthrough": ("passthrough", {}),
 }
 FIELDS = {"lambda": "scale", "normalize": "normalise"}
+# what mergekit takes for any method, used or not; `int8_mask` is how it keeps masks, and the numbers are the same
+IDLE = frozenset({"int8_mask", "density", "rescale", "normalize", "lambda", "weight"})
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}
 TOP = (
     *("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source"),
@@ -144,9 +147,7 @@ def _parent(content: Any, where: str, name: str, sliced: bool) -> Parent:
 def _range(value: Any, where: str) -> tuple[int, int]:
     if isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value) and 0 <= value[0] < value[1]:
         return value[0], value[1]
-    raise UserError(
-        f"{where} has layer_range {value!r}; give the first block and the one behind the last, like [0, 16]"
-    )
+    raise UserError(f"{where} has layer_range {value!r}; give the first and the one behind the last, like [0, 16]")
 
 
 def _settings(content: Any, where: str, name: str) -> dict[str, Setting]:
@@ -155,12 +156,11 @@ def _settings(content: Any, where: str, name: str) -> dict[str, Setting]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: parameters must be a table of names and values")
     found: dict[str, Setting] = {}
+    known = {f.name for f in dataclasses.fields(method(name))}  # type: ignore[arg-type]
     for key, value in content.items():
-        if key == "int8_mask":  # how mergekit keeps masks in memory; the numbers are the same
-            continue
-        if key == "rescale" and name == "ties":
-            if value:
-                raise UserError(f"{where}: `rescale` is no part of TIES here; leave it out")
+        if key == "rescale" and name == "ties" and value:
+            raise UserError(f"{where}: `rescale` is no part of TIES here; leave it out")
+        if key in IDLE and FIELDS.get(str(key), key) not in known:
             continue
         found[FIELDS.get(str(key), str(key))] = _setting(value, f"{where}: {key}")
     return found
