@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -86,3 +86,22 @@ def coin(shape: torch.Size, density: float, rng: torch.Generator) -> Tensor:
     limit = round(density * 65536) - 32768
     mask = draws.view(torch.int16)[:count].reshape(shape)
     return torch.ones(shape, dtype=torch.bool) if limit > 32767 else mask < limit
+
+
+def greedy_members(scores: Sequence[float], score_of: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+    """The members of a greedy soup: each model, the best first, stays if the score does not fall.
+
+    Args:
+        scores: of each model alone, higher is better.
+        score_of: the score of the mean of some of them.
+
+    >>> greedy_members([0.5, 0.7, 0.6], lambda members: {(1, 2): 0.65}.get(members, 0.8))
+    (0, 1)
+    """
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    members, best = (order[0],), scores[order[0]]
+    for i in order[1:]:
+        tried = tuple(sorted((*members, i)))
+        if (score := score_of(tried)) >= best:
+            members, best = tried, score
+    return members
