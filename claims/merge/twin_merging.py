@@ -21,8 +21,8 @@ CLAIM = Claim(
     source="Lu et al. 2024, arXiv:2406.15479, tables 1 and 2",
     figure="28.34 % more normalised score on average over discriminative tasks",
     setting="The shipped image transformer tuned to five ways to show digits, mixed test data. Residuals keep a "
-    "quarter of their singular values (the model's matrices are 64 wide). The router, a linear layer on pixels and their "
-    "squares, learns from training images which way it is; each image gets the residual of the likeliest.",
+    "quarter of their singular values (the model's matrices are 64 wide). The router, a linear layer on pixels and "
+    "their squares, learns from training images which way it is; each image gets the residual of the likeliest.",
     metric="mean accuracy; recovered: share of the tuned models'; router: its accuracy; stored: bytes of shared model "
     "and residuals as a share of all tuned models'",
     checks=(
@@ -37,8 +37,6 @@ CLAIM = Claim(
 
 def measure(lab: Any, seed: int) -> dict[str, float]:
     """Numbers of one tuning of the five models."""
-    import torch
-
     names = list(d.DOMAINS)
     parents, base = [d.tuned((name,), seed) for name in names], d.base_state()
     lab.hashes |= {"pocket-vit": d.base_hash()}

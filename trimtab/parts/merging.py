@@ -99,7 +99,8 @@ def greedy_members(scores: Sequence[float], score_of: Callable[[tuple[int, ...]]
     (0, 1)
     """
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    members, best = (order[0],), scores[order[0]]
+    members: tuple[int, ...] = (order[0],)
+    best = scores[order[0]]
     for i in order[1:]:
         tried = tuple(sorted((*members, i)))
         if (score := score_of(tried)) >= best:
