@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stopped.__cause__, BrokenPipeError):  # the reader has enough; what is still buffered goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        print("trimtab: interrupted; a fit goes on where it stopped with --resume and the same --out", file=sys.stderr)
+        print(
+            "trimtab: interrupted; a fit or merge goes on where it stopped with --resume and the same --out",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except Exception as error:
         if os.environ.get("TRIMTAB_TRACEBACK"):

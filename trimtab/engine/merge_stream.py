@@ -8,6 +8,7 @@ as resident, each costs a fault, and a file that shrinks meanwhile kills the pro
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import queue
@@ -94,6 +95,7 @@ def stream(folder: Path, jobs: Sequence[Job], shard_bytes: int, journal: Journal
         total, left = (sum(job.bytes for job in group) for group in (jobs, todo))
         tell("merging, MB", total - left >> 20, total >> 20)
         if todo:
+            _keep_freed_memory()
             threads = torch.get_num_threads()
             stack.callback(torch.set_num_threads, threads)
             torch.set_num_threads(1)  # the team's threads take a tile each
@@ -374,6 +376,17 @@ class _Stream:
             for shard in touched:
                 os.fdatasync(self.files[shard])
         self.journal.append(f"tensors {len(self.journal.done)}", {n: self.digests[n] for n in finished})
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what tiles free for the next ones: given back to the system, every page of it would be faulted in
+    anew, which took as long as the merge itself.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 1 << 26)
+        mallopt(trim_threshold, 1 << 28)
 
 
 def _type(name: str) -> torch.dtype:
