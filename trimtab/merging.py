@@ -243,8 +243,10 @@ def open_model(name: str) -> Model:
         kind = kind.get("quant_method", "unknown") if isinstance(kind, dict) else "unknown"
         raise UserError(f"{name} is quantised ({kind}); merge models in floating point, and quantise the result")
     checkpoint = Checkpoint(folder)
-    if not any(checkpoint.dtype(n) in FLOATS for n in checkpoint.names()):
-        raise UserError(f"{name} has no tensor in floating point; it is quantised or no model: merge originals")
+    for tensor in checkpoint.names():
+        dtype = checkpoint.dtype(tensor)
+        if dtype.startswith("F8") or (dtype in ("I8", "U8") and len(checkpoint.shape(tensor)) > 1):
+            raise UserError(f"{name} is quantised: its {tensor} is stored in {dtype}; merge models in floating point")
     return Model(name, folder, config, checkpoint)
 
 
@@ -322,8 +324,10 @@ class Merge:
         self.models = {name: open_model(name) for name in recipe.models()}
         self._check_places()
         self.rows = check_alike(list(self.models.values()), recipe.vocabulary)
+        self._read_behind: dict[str, frozenset[str]] = {}
         self.layers = sum(self._lengths())
         self.jobs = self._jobs()
+        self.bytes = sum(job.bytes for job in self.jobs)
 
     # -- checks
 
@@ -433,7 +437,9 @@ class Merge:
             root = [(self.models[base], origin, self._entry(self.models[base], origin))] if base else []
             shapes.append((target, [*sources, *root]))
             settings = [(own, part.settings, self.recipe.settings) for _, own, _ in parents]
-            jobs.append(self._job(target, settings, places, depth, [e for *_, e in sources], [e for *_, e in root]))
+            place = 1.0 if "depth" in self.method.needs() and not found and name in self._behind(lead) else depth
+            entries, origins = [e for *_, e in sources], [e for *_, e in root]
+            jobs.append(self._job(target, settings, places, depth, place, entries, origins))
         _check_shapes(shapes)
         for model, _, _ in parents[1:]:
             extra = [n for n in model.checkpoint.names() if n not in lead.checkpoint]
@@ -445,10 +451,12 @@ class Merge:
         """Tensors that are read behind all blocks, as the architecture has them: final norms and heads."""
         from trimtab.models.source import checkpoint_names
 
-        order = checkpoint_names(model.config, model.checkpoint, model.name)
-        main = next(iter(block_lists(order)), None)
-        last = max((i for i, n in enumerate(order) if (b := block_of(n)) and b[0] == main), default=-1)
-        return frozenset(order[last + 1 :])
+        if model.name not in self._read_behind:
+            order = checkpoint_names(model.config, model.checkpoint, model.name)
+            main = next(iter(block_lists(order)), None)
+            last = max((i for i, n in enumerate(order) if (b := block_of(n)) and b[0] == main), default=-1)
+            self._read_behind[model.name] = frozenset(order[last + 1 :])
+        return self._read_behind[model.name]
 
     def _entry(self, model: Model, name: str) -> Entry:
         if name not in model.checkpoint:
@@ -466,6 +474,7 @@ class Merge:
         settings: Sequence[tuple[Settings, ...]],
         places: Sequence[str],
         depth: float,
+        place: float,
         sources: Sequence[Entry],
         base: Sequence[Entry],
     ) -> Job:
@@ -494,7 +503,7 @@ class Merge:
             tuple(p.name for p in (self.models[m] for m in self._names(sources))),
             numbers["weight"],
             numbers["density"],
-            depth,
+            place,
             self.recipe.seed,
         )
         dtype = STORED[self.recipe.dtype] if self.recipe.dtype else stored
@@ -531,6 +540,7 @@ class Merge:
             with writing(content):
                 content.mkdir(exist_ok=True)
             digests = stream(content, self.jobs, self.shard_bytes, journal, tell)
+            tell("merging, MB", self.bytes >> 20, self.bytes >> 20)
             report = self._report(digests)
             self._write_along(content, report)
             journal.append("report", {**report, "seconds": time.perf_counter() - start})
@@ -572,7 +582,7 @@ class Merge:
             "settings": json.loads(json.dumps(dict(self.recipe.settings), default=dataclasses.asdict)),
             "parents": parents,
             "tensors": len(self.jobs),
-            "bytes": sum(job.bytes for job in self.jobs),
+            "bytes": self.bytes,
             "blocks": self.layers,
         }
 

@@ -27,7 +27,7 @@ CLAIM = Claim(
         Check("above TIES at its best settings", "pcb", ">", "ties"),
         Check("below the multi-task model", "pcb", "<", "multi_task"),
     ),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2),
 )
 
 
@@ -42,5 +42,5 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
         "ties": d.mean_accuracy(ties[1], "test"),
         "average": d.mean_accuracy(d.merged_state(Linear(), parents), "test"),
         "task_arithmetic": d.mean_accuracy(d.best([TaskArithmetic(scale=s) for s in SCALES], parents, base)[1], "test"),
-        "multi_task": d.mean_accuracy(d.tuned(tuple(d.DOMAINS), seed), "test"),
+        "multi_task": d.mean_accuracy(d.tuned(tuple(d.DOMAINS), seed, d.Tuning(epochs=4)), "test"),
     }

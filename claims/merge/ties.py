@@ -33,7 +33,7 @@ CLAIM = Claim(
         Check("below the tuned models, each on its own task", "ties", "<", "tuned"),
         Check("above the base", "ties", ">", "base"),
     ),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2),
 )
 
 
@@ -54,7 +54,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
         "average": d.mean_accuracy(d.merged_state(Linear(), parents), "test"),
         "task_arithmetic": d.mean_accuracy(d.best([TaskArithmetic(scale=s) for s in SCALES], parents, base)[1], "test"),
         "dare": d.mean_accuracy(d.best([DARE(scale=s, density=0.5) for s in SCALES], parents, base)[1], "test"),
-        "multi_task": d.mean_accuracy(d.tuned(tuple(d.DOMAINS), seed), "test"),
+        "multi_task": d.mean_accuracy(d.tuned(tuple(d.DOMAINS), seed, d.Tuning(epochs=4)), "test"),
         "tuned": sum(d.accuracy(p, n, "test") for p, n in zip(parents, d.DOMAINS, strict=True)) / len(parents),
         "base": d.mean_accuracy(base, "test"),
     }

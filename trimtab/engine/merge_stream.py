@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,7 +91,7 @@ def stream(folder: Path, jobs: Sequence[Job], shard_bytes: int, journal: Journal
         digests |= value if step.startswith("tensors ") else {}
     journal.begin()
     with ExitStack() as stack:
-        files, places = _lay_out(folder, jobs, shard_bytes, stack)
+        files, places = _lay_out(folder, jobs, shard_bytes, bool(digests), stack)
         todo = [job for job in jobs if job.piece.name not in digests]
         total, left = (sum(job.bytes for job in group) for group in (jobs, todo))
         tell("merging, MB", total - left >> 20, total >> 20)
@@ -106,7 +107,7 @@ def stream(folder: Path, jobs: Sequence[Job], shard_bytes: int, journal: Journal
 
 
 def _lay_out(
-    folder: Path, jobs: Sequence[Job], limit: int, stack: ExitStack
+    folder: Path, jobs: Sequence[Job], limit: int, resumed: bool, stack: ExitStack
 ) -> tuple[list[int], dict[str, tuple[int, int]]]:
     """The output's files, open, with headers, and for each tensor the number of its file and its first byte there."""
     shards: list[list[Job]] = [[]]
@@ -124,9 +125,16 @@ def _lay_out(
     with writing(folder):
         for name, members in zip(names, shards, strict=True):
             header, where = layout((j.piece.name, j.dtype, j.piece.shape) for j in members)
+            if resumed and not (folder / name).is_file():
+                raise UserError(
+                    f"{folder / name} is missing of the merge that was cut off; start again without --resume"
+                )
             file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
             stack.callback(os.close, file)
-            os.posix_fallocate(file, 0, max((stop for _, stop in where.values()), default=len(header)))
+            size = max((stop for _, stop in where.values()), default=len(header))
+            if sys.platform == "linux":  # a full disk is known now, and the pieces lie side by side
+                os.posix_fallocate(file, 0, size)
+            os.truncate(file, size)
             os.pwrite(file, header, 0)
             places |= {n: (len(files), start) for n, (start, _) in where.items()}
             weight_map |= dict.fromkeys(where, name)
@@ -239,8 +247,10 @@ class _Stream:
                         for entry, buffer in zip(job.entries, span.buffers, strict=True):
                             _fill(opened[entry.file], entry, span.start * DTYPES[entry.dtype][0], buffer)
                         self.filled.put(span)
-                for entry in job.entries if self.crowded else ():  # or they would drive out what is still needed
-                    os.posix_fadvise(opened[entry.file], entry.start, entry.stop - entry.start, os.POSIX_FADV_DONTNEED)
+                if self.crowded and sys.platform == "linux":  # or they would drive out what is still needed
+                    for entry in job.entries:
+                        size = entry.stop - entry.start
+                        os.posix_fadvise(opened[entry.file], entry.start, size, os.POSIX_FADV_DONTNEED)
 
     def _spans(self, job: Job, turn: int) -> Iterator[_Span]:
         whole = job.piece.method is not None and not job.piece.method.tiled
@@ -266,7 +276,6 @@ class _Stream:
             self.results.put(None)
             while self.writer.is_alive():
                 self.writer.join(0.2)
-                tell(self.written)
         except _Stopped:
             pass
         if self.failure is not None:
@@ -374,7 +383,7 @@ class _Stream:
         """Have tensors on disk, and then say so; meanwhile the next are written."""
         with writing(self.journal.folder):
             for shard in touched:
-                os.fdatasync(self.files[shard])
+                os.fsync(self.files[shard])
         self.journal.append(f"tensors {len(self.journal.done)}", {n: self.digests[n] for n in finished})
 
 

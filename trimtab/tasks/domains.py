@@ -153,10 +153,10 @@ def merged_state(
     weights = tuple(weight) if weight is not None else (float(getattr(method, "weight", 1.0)),) * count
     density = (float(getattr(method, "density", 1.0)),) * count
     blocks = {name: int(name.split(".layer.")[1].split(".")[0]) for name in parents[0] if ".layer." in name}
-    deepest = max(blocks.values(), default=1)
+    deepest, behind = max(blocks.values()), list(parents[0]).index(list(blocks)[-1])
     found = {}
-    for name, tensor in parents[0].items():
-        depth = blocks.get(name, 0) / max(deepest, 1)
+    for i, (name, tensor) in enumerate(parents[0].items()):
+        depth = blocks[name] / deepest if name in blocks else float(i > behind)
         piece = Piece(name, tuple(tensor.shape), method, names, weights, density, depth, seed)
         root = base[name] if base is not None and method.needs_base() else None
         found[name] = merged(piece, [p[name] for p in parents], root)
