@@ -27,6 +27,7 @@ from trimtab.formats.mergekit import read_recipe, recipe_of
 from trimtab.merge.dare import DARE
 from trimtab.merge.linear import Linear
 from trimtab.merge.ties import TIES
+from trimtab.merging import Merge, simple_recipe
 from trimtab.parts.selection import PASSES, KthLargest, count_for, kth_largest
 
 LAYERS, WIDE, WORDS = 4, 24, 50
@@ -433,6 +434,29 @@ def test_a_killed_merge_leaves_nothing_and_goes_on_to_the_same_bytes(models: lis
         assert file.read_bytes() == theirs, file.name
     assert report["tensors"] == len(read(whole))
     refused(lambda: trimtab.merge(names, out=tmp_path / "new", resume=True), "--resume")
+
+
+def test_a_cut_off_merge_whose_files_are_gone_is_refused(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimtab.merging.commit_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trimtab.merge(models[1:], out=tmp_path / "out")
+    (tmp_path / ".out.merging" / "model" / "model.safetensors").unlink()
+    monkeypatch.undo()
+    refused(lambda: trimtab.merge(models[1:], out=tmp_path / "out", resume=True), "missing", "without --resume")
+    trimtab.merge(models[1:], out=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_what_is_read_behind_the_blocks_has_depth_one(models: list[Path], tmp_path: Path) -> None:
+    recipe = simple_recipe([*map(str, models[1:3])], "robust-weight-signatures", str(models[0]))
+    depths = {job.piece.name: job.piece.depth for job in Merge(recipe, tmp_path / "out").jobs}
+    assert depths["model.embed_tokens.weight"] == 0 and depths["lm_head.weight"] == depths["model.norm.weight"] == 1
+    assert [depths[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(LAYERS)] == [0, 1 / 3, 2 / 3, 1]
 
 
 def test_a_merge_that_fails_leaves_the_old_output(models: list[Path], tmp_path: Path) -> None:

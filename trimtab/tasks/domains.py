@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimtab.core.method import Merger
+from trimtab.core.recipe import block_of
 from trimtab.tasks.digits import BLACK, digits
 
 if TYPE_CHECKING:
@@ -152,15 +153,15 @@ def merged_state(
     names = tuple(map(str, range(count)))
     weights = tuple(weight) if weight is not None else (float(getattr(method, "weight", 1.0)),) * count
     density = (float(getattr(method, "density", 1.0)),) * count
-    blocks = {name: int(name.split(".layer.")[1].split(".")[0]) for name in parents[0] if ".layer." in name}
+    blocks = {name: found[1] for name in parents[0] if (found := block_of(name))}
     deepest, behind = max(blocks.values()), list(parents[0]).index(list(blocks)[-1])
-    found = {}
+    merged_tensors = {}
     for i, (name, tensor) in enumerate(parents[0].items()):
         depth = blocks[name] / deepest if name in blocks else float(i > behind)
         piece = Piece(name, tuple(tensor.shape), method, names, weights, density, depth, seed)
         root = base[name] if base is not None and method.needs_base() else None
-        found[name] = merged(piece, [p[name] for p in parents], root)
-    return found
+        merged_tensors[name] = merged(piece, [p[name] for p in parents], root)
+    return merged_tensors
 
 
 def best(
