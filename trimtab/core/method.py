@@ -306,9 +306,8 @@ class Cacher(Method):
         """Keys and values `[..., tokens, channels]` in their stored form."""
 
 
-VERBS: dict[str, type[Method]] = {
-    cls.verb: cls for cls in (Solver, Rewriter, Merger, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy, Cacher)
-}
+_VERBS = (Solver, Rewriter, Merger, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy, Cacher)
+VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in _VERBS}
 
 
 @cache
