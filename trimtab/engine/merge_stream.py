@@ -32,7 +32,7 @@ from trimtab.core.journal import Journal, writing
 from trimtab.engine.merge import TILE, Piece, Survey, check_finite, passes_of, tiles
 from trimtab.formats.checkpoint import DTYPES, INDEX, Entry, index_bytes, layout, shard_names
 
-BUFFERS = 192 << 20  # bytes that were read ahead or wait to be written
+BUFFERS = 24 << 20  # bytes that were read ahead or wait to be written: little enough to stay in the last cache
 SLOTS = 3  # buffers that go round: one is filled, one computed on, one ready
 COMMIT = 192 << 20  # bytes of output between two lines of the journal
 Tell = Callable[[str, int, int], None]
