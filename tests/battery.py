@@ -18,16 +18,18 @@ from torch import Tensor, nn
 
 from trimtab.core.device import Device, Heads, Kernel, Product, Work
 from trimtab.core.level import NM, Codebook, Depth, Float, Int, Level, Plus, Rank, Sparse, Width
-from trimtab.core.method import Allocator, Cacher, Card, Method, Pricer, Rewriter, Scene, Solver, discover
+from trimtab.core.method import Allocator, Cacher, Card, Merger, Method, Pricer, Rewriter, Scene, Solver, discover
 from trimtab.core.modelmap import ModelMap, trace
 from trimtab.core.site import Site
 from trimtab.core.table import Row
+from trimtab.engine.merge import Piece, merged
 from trimtab.formats.packed import Packed
 from trimtab.formats.structure import sublayer_path
 
 METHODS = discover()
 SOLVERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Solver)}
 REWRITERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Rewriter)}
+MERGERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Merger)}
 ALLOCATORS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Allocator)}
 PRICERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Pricer)}
 CACHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Cacher)}
@@ -36,6 +38,7 @@ CACHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Cacher)
 STATISTICS = {
     "solve": {"gram", "mean", "absmean", "rng"},
     "rewrite": {"gram", "mean", "absmean", "cosine"},
+    "merge": {"weight", "density", "depth", "rng", "gram", "threshold", "peak"},
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
     "wrap": {"gram", "mean", "absmean", "grad", "rng"},
@@ -197,6 +200,38 @@ def cases() -> dict[str, Case]:
 
 
 CASES = cases()
+
+
+# ---- parents to merge
+
+PARENT_SHAPES: dict[str, tuple[int, ...]] = {
+    **{"a matrix": (24, 160), "one row": (1, 70), "one column": (6, 1), "odd": (7, 101), "a vector": (33,)},
+    **{"a number": (), "a convolution": (10, 5, 3, 3), "more than a tile": (600, 911)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Parents that were tuned from one base, each in another part and a little everywhere."""
+
+    base: Tensor
+    parents: list[Tensor]
+
+    @staticmethod
+    def of(shape: tuple[int, ...], count: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) -> Family:
+        rng = seeded(seed)
+        base = torch.randn(shape, generator=rng)
+        changed = [torch.randn(shape, generator=rng) * torch.rand(shape, generator=rng) ** 4 for _ in range(count)]
+        return Family(base.to(dtype), [(base + 0.1 * c).to(dtype) for c in changed])
+
+    def merged(self, method: Merger, order: tuple[int, ...] | None = None, seed: int = 0) -> Tensor:
+        """By the method, with other numbers for each parent; the parents in another order keep their own."""
+        count = len(self.parents) if method.most is None else min(method.most, len(self.parents))
+        order = tuple(range(count)) if order is None else order
+        weight, density = (tuple(start + step * i for i in order) for start, step in ((0.5, 0.25), (0.2, 0.3)))
+        names = tuple(f"parent {i}" for i in order)
+        piece = Piece("blocks.0.weight", tuple(self.base.shape), method, names, weight, density, 0.5, seed)
+        return merged(piece, [self.parents[i] for i in order], self.base if method.needs_base() else None)
 
 
 # ---- models

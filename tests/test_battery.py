@@ -19,14 +19,17 @@ from battery import (
     CACHERS,
     CASES,
     EXAMPLES,
+    MERGERS,
     METHODS,
     MODELS,
+    PARENT_SHAPES,
     PRICERS,
     REWRITERS,
     SOLVERS,
     STATISTICS,
     WINDOWS,
     Case,
+    Family,
     Traced,
     by_unit,
     device,
@@ -47,7 +50,7 @@ from torch import Tensor, nn
 from trimtab.core.device import Product, Work
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.core.level import Dense, Depth, Level, Width, parse_level
-from trimtab.core.method import FAMILIES, VERBS, Allocator, Cacher, Method, Pricer, Rewriter, Solver, method
+from trimtab.core.method import FAMILIES, VERBS, Allocator, Cacher, Merger, Method, Pricer, Rewriter, Solver, method
 from trimtab.core.plan import Plan, check
 from trimtab.core.site import Kind, Site
 from trimtab.core.table import Row
@@ -58,6 +61,7 @@ ENTRIES = 391  # rows of the catalogue of papers
 
 each_method = pytest.mark.parametrize("name", METHODS)
 each_rewriter = pytest.mark.parametrize("name", REWRITERS)
+each_merger = pytest.mark.parametrize("name", MERGERS)
 each_allocator = pytest.mark.parametrize("name", ALLOCATORS)
 each_pricer = pytest.mark.parametrize("name", PRICERS)
 each_solver = pytest.mark.parametrize("name", SOLVERS)
@@ -96,7 +100,7 @@ def test_a_card_is_sound(name: str) -> None:
     assert all(type(i) is int and 1 <= i <= ENTRIES for i in card.catalogue)
     assert card.claim.strip().endswith("."), "the claim is a sentence"
     assert card.kinds <= set(get_args(Kind))
-    assert bool(card.levels) is not issubclass(cls, Allocator | Pricer | Cacher)
+    assert bool(card.levels) is not issubclass(cls, Allocator | Pricer | Cacher | Merger)
     assert set(cls.needs()) <= STATISTICS[cls.verb], "it asks for what no engine has"
 
 
@@ -137,7 +141,7 @@ def test_a_configuration_round_trips_through_text_and_toml(name: str) -> None:
         changed = cls(**{field: value})
         assert changed.config() == {field: value}
         assert method(name, **json.loads(json.dumps(changed.config()))) == changed
-        if issubclass(cls, Allocator | Pricer | Cacher):  # no step of a plan
+        if issubclass(cls, Allocator | Pricer | Cacher | Merger):  # no step of a plan
             continue
         plan = Plan.parse(f"{name}({field}={value!r}) @ {cls.card.levels[0]}")
         assert plan.steps[0].method == changed
@@ -360,6 +364,79 @@ def test_a_rewriter_refuses_paths_that_the_model_does_not_have(name: str) -> Non
     level = parse_level(method.card.levels[0])
     with pytest.raises(UserError):
         given.rewritten(method, {"no.such.path": level})
+
+
+# ---- mergers
+
+
+@pytest.mark.parametrize("shape", PARENT_SHAPES)
+@each_merger
+def test_a_merger_keeps_shapes_and_inputs_and_is_deterministic(name: str, shape: str) -> None:
+    method, family = MERGERS[name](), Family.of(PARENT_SHAPES[shape])
+    assert isinstance(method, Merger)
+    before, state = copy.deepcopy(family), torch.random.get_rng_state()
+    once, again = family.merged(method), family.merged(method)
+    assert once.shape == family.base.shape and once.dtype == torch.float32 and bool(once.isfinite().all())
+    assert torch.equal(once, again), "other numbers the second time"
+    assert torch.equal(family.base, before.base), "the base was changed in place"
+    assert all(map(torch.equal, family.parents, before.parents)), "a parent was changed in place"
+    assert torch.equal(torch.random.get_rng_state(), state), "randomness comes from `rng` alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", PARENT_SHAPES)
+@each_merger
+def test_a_model_merged_with_itself_is_itself(name: str, shape: str, dtype: torch.dtype) -> None:
+    method = MERGERS[name]()
+    if "exact" not in method.card.keeps:
+        pytest.skip("its card does not promise it")
+    base = Family.of(PARENT_SHAPES[shape], dtype=dtype).base
+    assert isinstance(method, Merger)
+    assert torch.equal(Family(base, [base.clone() for _ in range(3)]).merged(method), base.float())
+
+
+@each_merger
+def test_the_order_of_parents_does_not_matter_where_the_card_says_so(name: str) -> None:
+    method, family = MERGERS[name](), Family.of((40, 33))
+    assert isinstance(method, Merger)
+    if "symmetric" not in method.card.keeps:
+        pytest.skip("its card does not promise it")
+    one, other = family.merged(method), family.merged(method, (2, 0, 1))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@each_merger
+def test_a_merger_that_is_tiled_knows_no_neighbours(name: str) -> None:
+    """An element of the result is the same, whatever lies beside it: statistics and random numbers are given."""
+    method, family = MERGERS[name](), Family.of((30, 40))
+    assert isinstance(method, Merger)
+    if not method.tiled:
+        pytest.skip("it takes whole tensors")
+    count = method.most or 3
+    given = {
+        "weight": (0.5, 0.75, 1.0)[:count],
+        "density": (0.2, 0.5, 0.8)[:count],
+        "depth": 0.5,
+        "gram": torch.tensor([[1.0, 0.4, 0.1], [0.4, 1.0, 0.2], [0.1, 0.2, 1.0]])[:count, :count],
+        "threshold": (0.01, 0.02, 0.03)[:count],
+        "peak": (0.3, 0.3, 0.3)[:count],
+    }
+    if "rng" in method.needs():
+        pytest.skip("random numbers are drawn in order")
+    wanted = {k: given[k] for k in method.needs()}
+    base = family.base if method.needs_base() else None
+    whole = method.merge(family.parents[:count], base, **wanted)
+    part = method.merge([p[:7] for p in family.parents[:count]], None if base is None else base[:7], **wanted)
+    assert torch.equal(whole[:7], part)
+
+
+@each_merger
+def test_nan_in_a_parent_is_refused_and_named(name: str) -> None:
+    method, family = MERGERS[name](), Family.of((5, 7))
+    assert isinstance(method, Merger)
+    family.parents[0][2, 3] = float("nan")
+    with pytest.raises(UserError, match=r"parent 0.*blocks\.0\.weight.*NaN"):
+        family.merged(method)
 
 
 # ---- allocators

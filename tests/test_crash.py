@@ -202,7 +202,7 @@ def test_interrupt_leaves_a_run_that_goes_on(
     assert process.returncode == 130
     assert (
         said == ""
-        and error == "trimtab: interrupted; a fit goes on where it stopped with --resume and the same --out\n"
+        and error == "trimtab: interrupted; a fit or merge goes on where it stopped with --resume and the same --out\n"
     )
     assert not (out / "report.json").exists()
     assert nursery.live("", "", *line[3:], "--resume") == 0

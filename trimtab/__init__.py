@@ -15,10 +15,11 @@ from trimtab.core.errors import BudgetError, UserError
 if TYPE_CHECKING:
     from trimtab.fitting import Fit, fit
     from trimtab.loading import Loaded, load
+    from trimtab.merging import merge
     from trimtab.optimising import optimizer
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__", "fit", "load", "optimizer"]
+__all__ = ["Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__", "fit", "load", "merge", "optimizer"]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return import_module("trimtab.optimising").optimizer
+    if name == "merge":
+        from importlib import import_module
+
+        return import_module("trimtab.merge")  # can be called, see there
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from trimtab.cli import bench, claim, export, fit, methods, plan, report, run, show
+from trimtab.cli import bench, claim, export, fit, merge, methods, plan, report, run, show
 from trimtab.core.errors import UserError
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
     return shielded
 
 
-for module in (fit, plan, report, run, methods, show, claim, export, bench):
+for module in (fit, plan, report, run, merge, methods, show, claim, export, bench):
     app.command(module.__name__.rpartition(".")[2])(_shielded(module.command))
 
 
@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stopped.__cause__, BrokenPipeError):  # the reader has enough; what is still buffered goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        print("trimtab: interrupted; a fit goes on where it stopped with --resume and the same --out", file=sys.stderr)
+        print(
+            "trimtab: interrupted; a fit or merge goes on where it stopped with --resume and the same --out",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except Exception as error:
         if os.environ.get("TRIMTAB_TRACEBACK"):

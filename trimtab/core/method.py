@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from trimtab.core.errors import UserError
 from trimtab.core.level import Level
@@ -35,7 +35,9 @@ FACTS = frozenset(
     {"float", "int", "sparse", "factored", "rotated", "trainable", "adapted", "elastic", "packed", "shared", "codebook"}
     | {"norm-folded", "narrowed", "dropped"}
 )
-PROMISES = frozenset({"function", "shape", "mergeable", "exact", "extract", "deterministic", "monotone", "resumable"})
+PROMISES = frozenset(
+    {"function", "shape", "mergeable", "exact", "extract", "deterministic", "monotone", "resumable", "symmetric"}
+)
 FAMILIES = (
     *(
         "quant",
@@ -166,6 +168,44 @@ class Rewriter(Method):
         """Change the scene's model in place; sites and levels are in `scene.levels`."""
 
 
+class Merger(Method):
+    """`merge(tensors, base, *, ...) -> Tensor`: one tensor of every parent into one; pure, in fp32; the engine streams.
+
+    `base: Tensor` in the signature says that the method needs the model that the parents were tuned from,
+    `base: Tensor | None` that it does without. Keyword-only parameters name what the engine injects:
+
+    - `weight`, `density`: a number a parent, as the recipe says for this tensor, else the method's field of that name;
+    - `depth`: where the tensor's block lies, from 0 (the first) to 1 (the last); outside of blocks 0 for what is read
+      before all of them and 1 for what is read behind;
+    - `rng`: a generator a parent, seeded by the run's seed, the tensor's name, the parent and the tile;
+    - `gram`: inner products of the parents' tensors, fp64 `[parents, parents]`;
+    - `threshold`: a number a parent: the least magnitude of change from the base among the `density` largest;
+    - `peak`: a number a parent: the largest magnitude of change from the base.
+
+    Every other field of a method may be a curve over depth or hang on the tensor's name: the engine calls the method
+    that has the fields of the tensor at hand. With `tiled`, an element of the result depends on the parents at that
+    element and on what is injected alone, so that a large tensor is merged piece by piece.
+    """
+
+    verb = "merge"
+    tiled: ClassVar[bool] = True
+    most: ClassVar[int | None] = None
+    """How many parents it takes at most."""
+
+    @abstractmethod
+    def merge(self, tensors: list[Tensor], base: Any, **given: Any) -> Tensor:
+        """The merged tensor, of the shape of the parents' tensors."""
+
+    @classmethod
+    def needs_base(cls) -> bool:
+        """Whether the verb's signature asks for the base."""
+        return "None" not in str(inspect.signature(cls.merge).parameters["base"].annotation)
+
+    def at(self, **fields: Any) -> Self:
+        """The same method with other fields."""
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+
 class Allocator(Method):
     """`allocate(rows, limits, *, ...) -> {unit: row}`: sees rows only, never a model.
 
@@ -266,9 +306,8 @@ class Cacher(Method):
         """Keys and values `[..., tokens, channels]` in their stored form."""
 
 
-VERBS: dict[str, type[Method]] = {
-    cls.verb: cls for cls in (Solver, Rewriter, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy, Cacher)
-}
+_VERBS = (Solver, Rewriter, Merger, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy, Cacher)
+VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in _VERBS}
 
 
 @cache

@@ -121,7 +121,8 @@ def _worker(name: str, config: Mapping[str, Any]) -> Method:
     """A method that can stand in a plan."""
     found = method(name, **config)
     if not isinstance(found, Solver | Rewriter):
-        cure = "; give it with --allocator" if found.verb == "allocate" else ""
+        cures = {"allocate": "; give it with --allocator", "merge": "; `trimtab merge --method` takes it"}
+        cure = cures.get(found.verb, "")
         raise UserError(f"{name} cannot be a step of a plan: its verb is `{found.verb}`{cure}")
     return found
 

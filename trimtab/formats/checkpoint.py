@@ -107,7 +107,8 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
-    def _entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> Entry:
+        """Where a tensor lies."""
         entry = self._entries.get(name)
         if entry is None:
             known = f"among the {len(self._entries)} stored; Checkpoint.names() lists them"
@@ -116,15 +117,15 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._entry(name).shape
+        return self.entry(name).shape
 
     def dtype(self, name: str) -> str:
         """The type of a tensor as safetensors calls it: `F32`, `BF16`, `F16`, `U8`, ..."""
-        return self._entry(name).dtype
+        return self.entry(name).dtype
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor."""
-        return self._entry(name).stop - self._entry(name).start
+        return self.entry(name).stop - self.entry(name).start
 
     @property
     def bytes(self) -> int:
@@ -135,7 +136,7 @@ class Checkpoint:
         """A tensor, in memory of its own."""
         import torch
 
-        entry = self._entry(name)
+        entry = self.entry(name)
         tensor = torch.empty(entry.shape, dtype=_torch_dtype(entry.dtype))
         if tensor.numel():
             read_into(entry, entry.start, tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -158,7 +159,7 @@ class Checkpoint:
 
         bad: list[str] = []
         for name in self.names() if names is None else names:
-            entry = self._entry(name)
+            entry = self.entry(name)
             dtype = _torch_dtype(entry.dtype)
             if not (dtype.is_floating_point or dtype.is_complex):
                 continue
@@ -464,18 +465,16 @@ def write_safetensors(
     with writing(path):
         try:
             for shard in _shards(path, stream, shard_bytes):
-                temporary.append(_write_temporary(path, _pieces(shard, {"format": "pt", **(metadata or {})})))
+                temporary.append(_write_temporary(path, _pieces(shard, metadata)))
                 weight_map |= dict.fromkeys(shard, len(temporary))
                 total += sum(t.numel() * t.element_size() for t in shard.values())
             if len(temporary) == 1:
                 _rename({temporary[0]: path})
                 return [path]
-            count = len(temporary)
-            files = [path.with_name(f"{path.stem}-{i:05d}-of-{count:05d}{path.suffix}") for i in range(1, count + 1)]
+            files = [path.with_name(name) for name in shard_names(path.stem, len(temporary))]
             index = path.with_name(f"{path.stem}{INDEX}")
-            where = {name: files[i - 1].name for name, i in sorted(weight_map.items())}
-            content = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, ensure_ascii=False)
-            temporary.append(_write_temporary(index, [content.encode() + b"\n"]))
+            where = {name: files[i - 1].name for name, i in weight_map.items()}
+            temporary.append(_write_temporary(index, [index_bytes(where, total)]))
             _rename(dict(zip(temporary, [*files, index], strict=True)))
             return [*files, index]
         except BaseException:
@@ -501,27 +500,52 @@ def _shards(path: Path, stream: Iterable[tuple[str, Tensor]], limit: int | None)
     yield shard
 
 
-def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """Header and data; the widest types first, so that every tensor lies on a multiple of its element's size."""
+def layout(
+    specs: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The beginning of a safetensors file that holds such tensors, and first and last byte (exclusive) of each in it.
+
+    Args:
+        specs: name, safetensors' type name and shape of each; the widest types are put first, so that every tensor
+            lies on a multiple of its element's size.
+        metadata: texts for the header; `format: pt` is added.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    offset, places = 0, {}
+    for name, dtype, shape in sorted(specs, key=lambda spec: (-DTYPES[spec[1]][0], spec[0])):
+        end = offset + prod(shape) * DTYPES[dtype][0]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        places[name], offset = (offset, end), end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    base = 8 + len(raw)
+    return struct.pack("<Q", len(raw)) + raw, {name: (base + a, base + b) for name, (a, b) in places.items()}
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """File names of so many shards; one alone is called by its stem."""
+    several = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return several if count > 1 else [f"{stem}.safetensors"]
+
+
+def index_bytes(weight_map: Mapping[str, str], total: int) -> bytes:
+    """The content of an index file: where each tensor lies, and the bytes of all."""
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Iterator[bytes | memoryview]:
+    """Header and data."""
     import torch
 
     names = {f"torch.{name}": stored for stored, (_, name) in DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
         if str(tensor.dtype) not in names or tensor.layout != torch.strided:
             found = f"{tensor.dtype} ({tensor.layout})"
             raise UserError(f"tensor {name!r} is {found}, which safetensors cannot store; convert it first")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    yield struct.pack("<Q", len(raw))
-    yield raw
-    for name in order:
+    header, places = layout(((n, names[str(t.dtype)], t.shape) for n, t in tensors.items()), metadata)
+    yield header
+    for name in places:
         if count := tensors[name].numel():
             flat = tensors[name].detach().cpu().contiguous().as_strided((count,), (1,))  # one row may have any stride
             yield flat.view(torch.uint8).numpy().data

@@ -344,6 +344,21 @@ def write_card(folder: Path, levels: Mapping[str, int], note: str) -> None:
     write_bytes(folder / "README.md", ["\n".join(lines).encode()])
 
 
+def merge_card(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """The model card of a merge: its parents with hashes, the method, and the recipe."""
+    names = [parent["name"] for parent in report["parents"]]
+    lines = ["---", "library_name: transformers", "tags: [merge, trimtab]", "base_model:"]
+    lines += [*(f"- {json.dumps(name)}" for name in names), "---", "", "# Merged with Trimtab", ""]
+    lines += [f"{len(names)} models, merged with `{report['method']}`, {report['tensors']} tensors.", ""]
+    lines += ["| model | part | SHA-256 of the tensors that were read |", "|---|---|---|"]
+    for parent in report["parents"]:
+        lines.append(
+            f"| `{parent['name']}` | {'base' if parent['base'] else 'parent'} | `{parent['tensors_sha256']}` |"
+        )
+    lines += ["", "The recipe:", "", "```json", json.dumps(recipe, indent=1, ensure_ascii=False), "```", ""]
+    return "\n".join([*lines, "The licences of the merged models apply.", ""])
+
+
 def summary(out: str | os.PathLike[str], counts: Mapping[str, int], notes: Iterable[str] = ()) -> dict[str, Any]:
     """What an exporter returns: files, their bytes, how many weights were written exactly or rounded, and notes."""
     out = Path(out)

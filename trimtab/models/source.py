@@ -153,19 +153,28 @@ def open_source(name: str) -> Source:
     Raises:
         UserError: there is no such model, it is damaged, or it is of a kind that cannot be taken.
     """
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) and not Path(name).exists():
+        return _entry_point(name)
+    return _from_folder(name, folder_of(name))
+
+
+def folder_of(name: str) -> Path:
+    """The folder of the model of that name: a pocket model, a local folder, or a snapshot of a hub name.
+
+    Raises:
+        UserError: there is none.
+    """
     from trimtab.models.pocket import POCKET
 
     if name in POCKET:
-        return _from_folder(name, POCKET[name])
+        return POCKET[name]
     path = Path(name).expanduser()
     if path.is_dir():
-        return _from_folder(name, path)
+        return path
     if path.is_file():
         raise UserError(f"{name} is a file; give the folder that holds config.json and the .safetensors weights")
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-        return _entry_point(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _from_folder(name, _hub(name))
+        return _hub(name)
     raise UserError(
         f"there is no model {name!r}{did_you_mean(name, POCKET)}; give a folder, a hub name like owner/name, "
         f"module:function, or one of {', '.join(POCKET)}"
@@ -344,6 +353,11 @@ def _aliases(model: nn.Module, checkpoint: Checkpoint, where: str) -> dict[str, 
                 f"it {tuple(tensors[name].shape)}: the two do not belong together; download the model again"
             )
     return aliases
+
+
+def checkpoint_names(config: Mapping[str, Any], checkpoint: Checkpoint, where: str) -> list[str]:
+    """A checkpoint's names of the tensors of its model, in the order in which the module has them."""
+    return list(_aliases(skeleton_of(config, where), checkpoint, where).values())
 
 
 def _renamed(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str, str], str | None]:

@@ -1,0 +1,74 @@
+"""`trimtab merge`: many checkpoints into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.cli import options as o
+from trimtab.core.errors import UserError
+
+
+def command(
+    models: Annotated[
+        list[str], typer.Argument(help="models (folders, hub names), or one recipe.yaml", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the result", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="the model that the others were tuned from")] = None,
+    method: Annotated[str, typer.Option(help="see `trimtab methods --family merge`; fields in brackets")] = "linear",
+    weight: Annotated[str | None, typer.Option(help="one number for all models, or one each: 0.5,0.3,0.2")] = None,
+    density: Annotated[str | None, typer.Option(help="share of changes that is kept, for all or each")] = None,
+    scale: Annotated[float | None, typer.Option(help="factor of the merged changes")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default the base's")] = None,
+    vocabulary: Annotated[str, typer.Option(help="same, or force: cut vocabularies to the smallest")] = "same",
+    shard: Annotated[str, typer.Option(help="most bytes a file of weights")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in --out")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was cut off")] = False,
+    evaluate: Annotated[
+        list[str] | None, typer.Option(help="measure parents and result on this data; may come several times")
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="choose coefficients by block on that data")] = False,
+    seed: o.Seed = 0,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Merge models into one, streamed from disk to disk; the parents' sizes do not matter to memory."""
+    from trimtab.core.budget import parse_bytes
+    from trimtab.merging import Merge, asked_recipe, merge
+
+    given = {"weight": weight, "density": density, "scale": scale}
+    recipe = asked_recipe(models, base, method, given, dtype, vocabulary, seed)
+    if search and not evaluate:
+        raise UserError("a search needs data to choose by; give it with --evaluate")
+    with o.progress(quiet or json) as tell:
+        found: dict[str, Any] = {}
+        if search and evaluate:
+            from trimtab.judging import search as choose
+
+            Merge(recipe, out, parse_bytes(shard), overwrite or resume)
+            recipe, found["search"] = choose(recipe, evaluate, tell)
+        report = merge(
+            recipe,
+            out=out,
+            shard_bytes=parse_bytes(shard),
+            resume=resume,
+            overwrite=overwrite,
+            progress=tell,
+        )
+        if evaluate:
+            from trimtab.judging import evaluate as measure
+
+            found["scores"] = measure([p["name"] for p in report["parents"]] + [report["out"]], evaluate, tell)
+    report |= found
+    if json:
+        o.print_json(report)
+        return
+    names = ", ".join(f"{p['name']}{' (base)' if p['base'] else ''}" for p in report["parents"])
+    print(f"merged:   {names}\nmethod:   {report['method']}\nresult:   {report['out']}, {report['bytes'] / 1e6:.4g} MB")
+    if chosen := report.get("search"):
+        said = ", ".join(f"{k} {v:.4g}" for k, v in chosen.items() if isinstance(v, float))
+        print(f"search:   mean loss on the search items: {said}")
+    for row in report.get("scores", ()):
+        print(f"{row['metric']:>12} {row['value']:9.4g}   {row['data']}   {row['model']}")

@@ -1,0 +1,617 @@
+"""Merging: many checkpoints in, one Hugging Face folder out, streamed from disk to disk.
+
+    parents and base -> checked against one another, headers and configurations alone -> streamed -> configuration,
+    tokenizer and model card -> renamed to its name
+
+Everything that can be refused is refused before anything is written. What is written lies in a hidden folder beside the
+output until it is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.core.errors import UserError
+from trimtab.core.journal import Journal, commit_folder, writing
+from trimtab.core.method import Merger, did_you_mean, method
+from trimtab.core.recipe import (
+    Parent,
+    Recipe,
+    Settings,
+    Slice,
+    block_lists,
+    block_of,
+    check_number,
+    depth_of,
+    first_setting,
+)
+
+if TYPE_CHECKING:
+    from trimtab.engine.merge_stream import Job
+    from trimtab.formats.checkpoint import Checkpoint, Entry
+
+SHARD = 5_000_000_000
+STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+FLOATS = ("F16", "BF16", "F32", "F64")
+VOCABULARIES = ("same", "force")
+# of a configuration, what makes equal weights another function; where it is named in the one and in the other
+MEANING = (
+    *("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("n_head", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "num_experts_per_tok"),
+)
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+Progress = Callable[[str, int, int], None]
+
+
+def merge(
+    models: Sequence[str | os.PathLike[str]] | Recipe,
+    *,
+    out: str | os.PathLike[str],
+    method: Merger | str = "linear",
+    base: str | os.PathLike[str] | None = None,
+    weight: Sequence[float] | None = None,
+    density: Sequence[float] | None = None,
+    dtype: str | None = None,
+    vocabulary: str = "same",
+    seed: int = 0,
+    shard_bytes: int = SHARD,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merge checkpoints into a Hugging Face folder.
+
+    Args:
+        models: folders, hub names or names of pocket models; or a whole recipe, which the options up to `seed` are not
+            to repeat.
+        out: the folder to write.
+        method: a merger, like `TIES(density=0.2)`, or its name.
+        base: the model that the others were tuned from, for methods that need it.
+        weight, density: one number a model, for methods that ask for it; by default the method's field of that name.
+        dtype: `bf16`, `fp16` or `fp32`; by default the type of the base, or of the first model.
+        vocabulary: `same` refuses models with vocabularies of different sizes, `force` cuts them to the smallest.
+        seed: of everything random.
+        shard_bytes: the most bytes a file of weights.
+        resume: go on with a merge to the same folder that was cut off.
+        overwrite: replace what is in the folder.
+        progress: is told what is done, how much of it, and how much there is.
+
+    Returns:
+        The report: `out`, `method`, `parents` with their hashes, `bytes`, `tensors`, `seconds`.
+
+    Raises:
+        UserError: bad input; nothing was written.
+    """
+    start = time.perf_counter()
+    recipe = models if isinstance(models, Recipe) else None
+    if recipe is None:
+        assert not isinstance(models, Recipe)
+        recipe = simple_recipe(models, method, base, weight, density, dtype, vocabulary, seed)
+    return Merge(recipe, Path(out), shard_bytes, overwrite).go(resume, progress or (lambda *_: None), start)
+
+
+def simple_recipe(
+    models: Sequence[str | os.PathLike[str]],
+    merger: Merger | str,
+    base: str | os.PathLike[str] | None = None,
+    weight: Sequence[float] | None = None,
+    density: Sequence[float] | None = None,
+    dtype: str | None = None,
+    vocabulary: str = "same",
+    seed: int = 0,
+) -> Recipe:
+    """A recipe of whole models with one number a model."""
+    made = _merger(merger.replace("_", "-"), {}) if isinstance(merger, str) else merger
+    settings: list[dict[str, Any]] = [{} for _ in models]
+    for name, numbers in (("weight", weight), ("density", density)):
+        if numbers is None:
+            continue
+        if len(numbers) != len(models):
+            raise UserError(f"{len(numbers)} numbers were given for {name}, and there are {len(models)} models")
+        for own, number in zip(settings, numbers, strict=True):
+            own[name] = number
+    parents = tuple(Parent(os.fspath(m), None, own) for m, own in zip(models, settings, strict=True))
+    origin = None if base is None else os.fspath(base)
+    if origin is not None and not made.needs_base():
+        raise UserError(
+            f"a base was given, and {made.card.name} takes none: name it among the models, or choose a method that "
+            "merges changes from a base, like task-arithmetic or ties"
+        )
+    return Recipe(made.card.name, (Slice(parents),), origin, made.config(), dtype, vocabulary, None, seed)
+
+
+def asked_recipe(
+    models: Sequence[str],
+    base: str | None,
+    merger: str,
+    numbers: Mapping[str, str | float | None],
+    dtype: str | None,
+    vocabulary: str,
+    seed: int,
+) -> Recipe:
+    """The recipe that a command line asks for: a YAML file's, or that of models and options.
+
+    Args:
+        merger: name of a method, with fields in brackets where some are not to be their defaults.
+        numbers: `weight`, `density` (texts: one number for all models, or one for each) and `scale`; None: not given.
+
+    Raises:
+        UserError: options that a recipe in a file settles, or numbers that are none.
+    """
+    from trimtab.core.plan import parse_method
+
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+        from trimtab.formats.mergekit import read_recipe
+
+        if given or base is not None or merger != "linear":
+            raise UserError(f"{models[0]} says how to merge; give --base, --method and numbers in it, not beside it")
+        recipe = read_recipe(Path(models[0]))
+        dtype = dtype or recipe.dtype
+        vocabulary = recipe.vocabulary if vocabulary == "same" else vocabulary
+        return dataclasses.replace(recipe, dtype=dtype, vocabulary=vocabulary, seed=seed or recipe.seed)
+    name, bracket, fields = merger.partition("(")
+    made = parse_method(name.replace("_", "-") + bracket + fields)
+    if not isinstance(made, Merger):
+        _merger(made.card.name, {})
+    assert isinstance(made, Merger)
+    lists: dict[str, list[float] | None] = {"weight": None, "density": None}
+    known = {f.name for f in dataclasses.fields(made)}  # type: ignore[arg-type]
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"--{key} was given, and {made.card.name} has no {key}; its fields are {', '.join(known)}")
+        found = [value] if isinstance(value, float) else _numbers(key, value)  # type: ignore[arg-type]
+        if len(found) == 1:
+            made = made.at(**{key: found[0]})
+        else:
+            lists[key] = found
+    return simple_recipe(models, made, base, lists["weight"], lists["density"], dtype, vocabulary, seed)
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name} {text!r} is no number and no list of numbers; write 0.5 or 0.5,0.3,0.2") from None
+
+
+def _merger(name: str, config: Mapping[str, Any]) -> Merger:
+    made = method(name, **config)
+    if not isinstance(made, Merger):
+        raise UserError(f"{name} does not merge: its verb is `{made.verb}`; `trimtab methods --family merge` lists all")
+    return made
+
+
+# ---- the models that take part
+
+
+@dataclass
+class Model:
+    """A model that takes part: its folder, configuration and tensors."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Entries of the vocabulary, as the configuration says."""
+        size = self.config.get("vocab_size")
+        return size if isinstance(size, int) else None
+
+    def entry(self, name: str, rows: int | None = None) -> Entry:
+        """Where a tensor lies; of more rows than so many, the first."""
+        entry = self.checkpoint.entry(name)
+        if rows is None or not entry.shape or entry.shape[0] <= rows:
+            return entry
+        width = (entry.stop - entry.start) // entry.shape[0]
+        return dataclasses.replace(entry, shape=(rows, *entry.shape[1:]), stop=entry.start + rows * width)
+
+
+def open_model(name: str) -> Model:
+    """A model's headers and configuration.
+
+    Raises:
+        UserError: there is none of that name, or it is an adapter, quantised, or compressed.
+    """
+    from trimtab.formats.checkpoint import Checkpoint
+    from trimtab.models.source import folder_of, read_config
+
+    folder = folder_of(name)
+    adapted = folder / "adapter_config.json"
+    if adapted.is_file() and not (folder / "config.json").is_file():
+        origin = _adapted(adapted)
+        raise UserError(
+            f"{name} is an adapter{f' for {origin}' if origin else ''} and no model; apply it first, with peft's "
+            "`PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)`, and merge that"
+        )
+    if (folder / "trimtab.json").is_file():
+        raise UserError(f"{name} is a compressed artifact; merge original models, and compress the result")
+    config = read_config(folder)
+    if config.get("quantization_config"):
+        kind = config["quantization_config"]
+        kind = kind.get("quant_method", "unknown") if isinstance(kind, dict) else "unknown"
+        raise UserError(f"{name} is quantised ({kind}); merge models in floating point, and quantise the result")
+    checkpoint = Checkpoint(folder)
+    for tensor in checkpoint.names():
+        dtype = checkpoint.dtype(tensor)
+        if dtype.startswith("F8") or (dtype in ("I8", "U8") and len(checkpoint.shape(tensor)) > 1):
+            raise UserError(f"{name} is quantised: its {tensor} is stored in {dtype}; merge models in floating point")
+    return Model(name, folder, config, checkpoint)
+
+
+def _adapted(path: Path) -> str | None:
+    try:
+        found = json.loads(path.read_text("utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def check_alike(models: Sequence[Model], vocabulary: str) -> int | None:
+    """Refuse models that cannot be merged; the rows to which vocabularies are cut, None where they are equal.
+
+    Raises:
+        UserError: two of them differ in architecture, tied embeddings, vocabulary, names or shapes of tensors.
+    """
+    first = models[0]
+    sizes = {m.name: m.vocabulary for m in models if m.vocabulary is not None}
+    rows = min(sizes.values()) if len(set(sizes.values())) > 1 else None  # type: ignore[type-var]
+    for other in models[1:]:
+        for key in MEANING:
+            ours, theirs = first.config.get(key), other.config.get(key)
+            if ours == theirs or (key not in ("model_type", "architectures") and None in (ours, theirs)):
+                continue
+            what = "embeddings are tied in one and not in the other" if key == "tie_word_embeddings" else "they differ"
+            raise UserError(
+                f"{first.name} has {key} {ours!r} and {other.name} {theirs!r}: {what}, so they cannot be merged"
+            )
+    if rows is not None and vocabulary != "force":
+        said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(
+            f"the vocabularies differ in size ({said}); --vocabulary force cuts all to the smallest, which is right "
+            "where the larger ones only have tokens added at the end"
+        )
+    return rows
+
+
+def _check_shapes(jobs: Iterable[tuple[str, list[tuple[Model, str, Entry]]]]) -> None:
+    for name, found in jobs:
+        first_model, _, first = found[0]
+        for model, stored, entry in found[1:]:
+            if entry.shape != first.shape:
+                raise UserError(
+                    f"{name} has shape {first.shape} in {first_model.name}, and {stored} has {entry.shape} in "
+                    f"{model.name}; only models of one architecture and size can be merged"
+                )
+
+
+# ---- a merge
+
+
+class Merge:
+    """A recipe, its models opened and checked against one another."""
+
+    def __init__(self, recipe: Recipe, out: Path, shard_bytes: int = SHARD, overwrite: bool = False) -> None:
+        """Open and check everything.
+
+        Raises:
+            UserError: bad input; nothing was written.
+        """
+        self.recipe, self.out, self.shard_bytes, self.overwrite = recipe, out, shard_bytes, overwrite
+        if recipe.vocabulary not in VOCABULARIES:
+            raise UserError(
+                f"the vocabulary {recipe.vocabulary!r} was asked for, and known are {', '.join(VOCABULARIES)}; extend "
+                "the models' tokenizers before they are merged"
+            )
+        if recipe.dtype not in (None, *STORED):
+            raise UserError(
+                f"unknown type {recipe.dtype!r}{did_you_mean(str(recipe.dtype), STORED)}; give bf16, fp16 or fp32"
+            )
+        self.method = _merger(recipe.method, {})
+        self._check_fields()
+        self._check_counts()
+        self.models = {name: open_model(name) for name in recipe.models()}
+        self._check_places()
+        self.rows = check_alike(list(self.models.values()), recipe.vocabulary)
+        self._read_behind: dict[str, frozenset[str]] = {}
+        self.layers = sum(self._lengths())
+        self.jobs = self._jobs()
+        self.bytes = sum(job.bytes for job in self.jobs)
+
+    # -- checks
+
+    def _check_fields(self) -> None:
+        fields = {f.name for f in dataclasses.fields(self.method)}  # type: ignore[arg-type]
+        known = fields | (set(self.method.needs()) & {"weight", "density"})
+        for settings in self._all_settings():
+            for name in settings:
+                if name not in known:
+                    takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+                    raise UserError(
+                        f"{self.recipe.method} has no parameter {name!r}{did_you_mean(name, known)}; {takes}"
+                    )
+
+    def _all_settings(self) -> list[Settings]:
+        slices = self.recipe.slices
+        return [self.recipe.settings, *(s.settings for s in slices), *(p.settings for s in slices for p in s.parents)]
+
+    def _check_counts(self) -> None:
+        name = self.recipe.method
+        for part in self.recipe.slices:
+            count = len(part.parents)
+            if self.method.needs_base() and (part.base or self.recipe.base) is None:
+                raise UserError(f"{name} merges changes from a base, and none is named; give it with --base")
+            least = 1 if self.method.needs_base() or self.method.most == 1 else 2
+            if count < least:
+                raise UserError(f"{count} models were given to {name}; it merges at least {least}")
+            if self.method.most is not None and count > self.method.most:
+                raise UserError(f"{count} models were given to {name}; it takes {self.method.most} at most")
+
+    def _check_places(self) -> None:
+        places: dict[Path, str] = {}
+        for name, model in self.models.items():
+            real = model.folder.resolve()
+            if real in places:
+                raise UserError(f"{places[real]} and {name} are one model, {real}; name each model once")
+            places[real] = name
+        for part in self.recipe.slices:
+            names = [p.model for p in part.parents]
+            twice = [n for n in names if names.count(n) > 1]
+            if twice:
+                raise UserError(f"{twice[0]} is named twice among the models of one merge; name each model once")
+            base = part.base or self.recipe.base
+            if self.method.needs_base() and base in names:
+                raise UserError(f"{base} is both the base and one of the models; its change from itself is nothing")
+        out = self.out.resolve()
+        for real, name in places.items():
+            if out == real or real.is_relative_to(out) or out.is_relative_to(real):
+                raise UserError(f"the output {self.out} lies in or around the input {name}; name another folder")
+        if self.out.is_file():
+            raise UserError(f"{self.out} is a file; name a folder with --out")
+        if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
+            raise UserError(f"{self.out} already exists with other content; name another folder, or --overwrite it")
+
+    def _lengths(self) -> list[int]:
+        """How many blocks each slice has."""
+        found = []
+        for part in self.recipe.slices:
+            lengths = {p.model: self._range(p.model, p.layers) for p in part.parents}
+            sizes = {stop - start for start, stop in lengths.values()}
+            if len(sizes) > 1:
+                said = ", ".join(f"{n} {b - a}" for n, (a, b) in lengths.items())
+                raise UserError(f"a slice needs equally many blocks of each model; here are {said}")
+            found.append(sizes.pop())
+        return found
+
+    def _range(self, name: str, layers: tuple[int, int] | None) -> tuple[int, int]:
+        count = next(iter(block_lists(self.models[name].checkpoint.names()).values()), 0)
+        start, stop = layers or (0, count)
+        if stop > count:
+            raise UserError(f"blocks {start} to {stop} of {name} were asked for, and it has {count}")
+        return start, stop
+
+    # -- what is to be done
+
+    def _jobs(self) -> list[Job]:
+        """A job for each tensor of the result, in the order in which the first parent stores them."""
+        return [job for number in range(len(self.recipe.slices)) for job in self._slice_jobs(number)]
+
+    def _slice_jobs(self, number: int) -> list[Job]:
+        part, slices = self.recipe.slices[number], self.recipe.slices
+        before = sum(self._lengths()[:number])
+        base = part.base or (self.recipe.base if self.method.needs_base() else None)
+        parents = [(self.models[p.model], p.settings, self._range(p.model, p.layers)[0]) for p in part.parents]
+        lead = parents[0][0]
+        start, stop = self._range(lead.name, part.parents[0].layers)
+        main = next(iter(block_lists(lead.checkpoint.names())), None)
+        base_start = self._range(base, part.base_layers or part.parents[0].layers)[0] if base else 0
+        counts = block_lists(lead.checkpoint.names())
+        names = sorted(lead.checkpoint.names(), key=lambda n: (lead.entry(n).file.name, lead.entry(n).start))
+        jobs, shapes = [], []
+        for name in names:
+            found = block_of(name)
+            if found and found[0] == main:
+                index = found[1] - start
+                if not 0 <= index < stop - start:
+                    continue
+                depth = depth_of(index, stop - start)
+                places = [_at(name, offset + index) for _, _, offset in parents]
+                target, origin = _at(name, before + index), _at(name, base_start + index)
+            else:
+                if len(slices) > 1 and number != (len(slices) - 1 if name in self._behind(lead) else 0):
+                    continue
+                depth = depth_of(found[1], counts[found[0]]) if found else 0.0
+                places, target, origin = [name] * len(parents), name, name
+            sources = [(m, p, self._entry(m, p)) for (m, _, _), p in zip(parents, places, strict=True)]
+            root = [(self.models[base], origin, self._entry(self.models[base], origin))] if base else []
+            shapes.append((target, [*sources, *root]))
+            settings = [(own, part.settings, self.recipe.settings) for _, own, _ in parents]
+            place = 1.0 if "depth" in self.method.needs() and not found and name in self._behind(lead) else depth
+            entries, origins = [e for *_, e in sources], [e for *_, e in root]
+            jobs.append(self._job(target, settings, places, depth, place, entries, origins))
+        _check_shapes(shapes)
+        for model, _, _ in parents[1:]:
+            extra = [n for n in model.checkpoint.names() if n not in lead.checkpoint]
+            if extra and not part.parents[0].layers:
+                raise UserError(f"{model.name} has a tensor {extra[0]}, which {lead.name} lacks; they cannot be merged")
+        return jobs
+
+    def _behind(self, model: Model) -> frozenset[str]:
+        """Tensors that are read behind all blocks, as the architecture has them: final norms and heads."""
+        from trimtab.models.source import checkpoint_names
+
+        if model.name not in self._read_behind:
+            order = checkpoint_names(model.config, model.checkpoint, model.name)
+            main = next(iter(block_lists(order)), None)
+            last = max((i for i, n in enumerate(order) if (b := block_of(n)) and b[0] == main), default=-1)
+            self._read_behind[model.name] = frozenset(order[last + 1 :])
+        return self._read_behind[model.name]
+
+    def _entry(self, model: Model, name: str) -> Entry:
+        if name not in model.checkpoint:
+            raise UserError(
+                f"{model.name} has no tensor {name}, which another of the models has; only models of one architecture "
+                "and size can be merged"
+            )
+        shape = model.checkpoint.shape(name)
+        wide = self.rows is not None and shape and shape[0] == model.vocabulary
+        return model.entry(name, self.rows if wide else None)
+
+    def _job(
+        self,
+        name: str,
+        settings: Sequence[tuple[Settings, ...]],
+        places: Sequence[str],
+        depth: float,
+        place: float,
+        sources: Sequence[Entry],
+        base: Sequence[Entry],
+    ) -> Job:
+        from trimtab.engine.merge import Piece
+        from trimtab.engine.merge_stream import Job
+
+        origin = base[0] if base else None
+        kinds = {e.dtype for e in (*sources, *base)}
+        stored = (origin or sources[0]).dtype
+        if not kinds <= set(FLOATS) or not sources[0].stop - sources[0].start:
+            return Job(Piece(name, sources[0].shape, None), tuple(sources), origin, stored)
+        common = settings[0][1:]
+        config: dict[str, Any] = {}
+        for f in dataclasses.fields(self.method):  # type: ignore[arg-type]
+            if f.name not in ("weight", "density"):
+                value = first_setting(f.name, common, name, depth)
+                config |= {} if value is None else {f.name: value}
+        numbers = {
+            key: tuple(self._number(key, own, place, depth) for own, place in zip(settings, places, strict=True))
+            for key in ("weight", "density")
+        }
+        piece = Piece(
+            name,
+            sources[0].shape,
+            _merger(self.recipe.method, config),
+            tuple(p.name for p in (self.models[m] for m in self._names(sources))),
+            numbers["weight"],
+            numbers["density"],
+            place,
+            self.recipe.seed,
+        )
+        dtype = STORED[self.recipe.dtype] if self.recipe.dtype else stored
+        return Job(piece, tuple(sources), origin, dtype)
+
+    def _names(self, sources: Sequence[Entry]) -> list[str]:
+        owner = {model.folder.resolve(): name for name, model in self.models.items()}
+        return [owner[s.file.parent.resolve()] for s in sources]
+
+    def _number(self, key: str, settings: Sequence[Settings], tensor: str, depth: float) -> float:
+        value = first_setting(key, settings, tensor, depth)
+        value = getattr(self.method, key, 1.0) if value is None else value
+        if key == "density":
+            return check_number(value, f"density of {tensor}", 0, 1, low_open=True)
+        return check_number(value, f"weight of {tensor}", -1e6, 1e6)
+
+    # -- doing it
+
+    def go(self, resume: bool, tell: Progress, start: float) -> dict[str, Any]:
+        """Stream it, write what goes along, and give the folder its name; the report."""
+        from trimtab.engine.merge_stream import stream
+
+        work = self.out.absolute().parent / f".{self.out.name}.merging"
+        content = work / "model"
+        if work.exists() and not resume:
+            with writing(work):
+                shutil.rmtree(work)
+        journal = Journal(work, resume, self._header())
+        if "report" in journal.done and not content.is_dir() and self.out.is_dir():
+            shutil.rmtree(work)
+            return journal.done["report"]
+        try:
+            journal.begin()
+            with writing(content):
+                content.mkdir(exist_ok=True)
+            digests = stream(content, self.jobs, self.shard_bytes, journal, tell)
+            tell("merging, MB", self.bytes >> 20, self.bytes >> 20)
+            report = self._report(digests)
+            self._write_along(content, report)
+            journal.append("report", {**report, "seconds": time.perf_counter() - start})
+        except UserError as error:
+            if "disk is full" not in str(error):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        with writing(self.out):
+            if self.out.exists():
+                os.replace(self.out, work / "replaced")
+            commit_folder(content, self.out.absolute())
+            shutil.rmtree(work)
+        return {**report, "seconds": time.perf_counter() - start}
+
+    def _header(self) -> dict[str, Any]:
+        """What makes two runs the same: the recipe, and the files that it is about."""
+        files = []
+        for model in self.models.values():
+            for file in model.checkpoint.files:
+                info = file.stat()
+                files.append([str(file.resolve()), info.st_size, info.st_mtime_ns])
+        recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        return {"merge": recipe, "files": files, "shard_bytes": self.shard_bytes}
+
+    def _report(self, digests: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        total: dict[str, Any] = {name: hashlib.sha256() for name in self.models}
+        for job in sorted(self.jobs, key=lambda j: j.piece.name):
+            owners = self._names(job.entries)
+            for owner, digest in zip(owners, digests[job.piece.name], strict=True):
+                total[owner].update(f"{job.piece.name} {digest}\n".encode())
+        parents = [
+            {"name": name, "base": name in {self.recipe.base, *(s.base for s in self.recipe.slices)},
+             "tensors_sha256": total[name].hexdigest()}
+            for name in self.models
+        ]  # fmt: skip
+        return {
+            "out": str(self.out),
+            "method": self.recipe.method,
+            "settings": json.loads(json.dumps(dict(self.recipe.settings), default=dataclasses.asdict)),
+            "parents": parents,
+            "tensors": len(self.jobs),
+            "bytes": self.bytes,
+            "blocks": self.layers,
+        }
+
+    def _write_along(self, folder: Path, report: Mapping[str, Any]) -> None:
+        from trimtab.formats.huggingface import copy_companions, merge_card
+
+        lead = self.models[self.recipe.base or self.recipe.slices[0].parents[0].model]
+        config = dict(lead.config)
+        for key in LAYER_COUNTS:
+            if key in config:
+                config[key] = self.layers
+        if self.layers != lead.config.get("num_hidden_layers", self.layers):
+            config.pop("layer_types", None)  # one a block, which transformers works out anew
+        if self.rows is not None:
+            config["vocab_size"] = self.rows
+        if self.recipe.dtype:
+            names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+            config.pop("torch_dtype", None)
+            config["dtype"] = names[self.recipe.dtype]
+        tokens = open_model(self.recipe.tokenizer).folder if self.recipe.tokenizer else lead.folder
+        copy_companions(tokens, folder)
+        with writing(folder):
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+            (folder / "README.md").write_text(merge_card(report, recipe), "utf-8")
+
+
+def _at(name: str, index: int) -> str:
+    """The same tensor of another block."""
+    found = block_of(name)
+    assert found
+    return f"{found[0]}.{index}.{found[2]}"
