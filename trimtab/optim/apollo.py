@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.method import Card, Optimiser
-from trimtab.parts.moments import adam, begin, gaussian, moment_bytes, narrowed, project
-
-GROWTH = 1.01  # by which the length of a direction may exceed that of the one before
+from trimtab.parts.moments import adam, begin, gaussian, moment_bytes, narrowed, scaled
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,6 @@ class APOLLO(Optimiser):
         rank: r (paper: a quarter of the width; its code: 256).
         scale: alpha squared (1).
         every: T, steps between two projections (200).
-        by: `channel`, or `tensor` for one factor.
         betas, eps: Adam's (0.9, 0.999, 1e-6).
 
     Raises:
@@ -44,7 +40,6 @@ class APOLLO(Optimiser):
     rank: int = 256
     scale: float = 1.0
     every: int = 200
-    by: Literal["channel", "tensor"] = "channel"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
 
@@ -60,60 +55,22 @@ class APOLLO(Optimiser):
         """Moments of the projected gradient, and the length of the last direction; Adam's own where it is no larger
         matrix than the rank.
         """
-        if self.rank < 1 or self.every < 1 or self.by not in ("channel", "tensor"):
+        if self.rank < 1 or self.every < 1:
             raise UserError(
-                f"{self.card.name} was given rank={self.rank}, every={self.every}, by={self.by!r} for a parameter of "
-                f"shape {tuple(param.shape)}; rank and every are 1 or more, and by is 'channel' or 'tensor'"
+                f"apollo was given rank={self.rank} and every={self.every} for a parameter of shape "
+                f"{tuple(param.shape)}; both are 1 or more"
             )
         shape = narrowed(tuple(param.shape), self.rank)
-        if shape is None:
-            return begin(tuple(param.shape), param)
-        return begin(shape, param) | {"length": -1.0}
+        return begin(shape, param) | {"length": -1.0} if shape else begin(tuple(param.shape), param)
 
     def step(self, grad: Tensor, state: dict[str, Any], param: Tensor, *, seed: int) -> Any:
         """The gradient and its factors."""
         if "length" not in state:
             return adam(grad, state, self.betas, self.eps)
         basis = gaussian(min(grad.shape), self.rank, seed + state["step"] // self.every)
-        narrow = project(grad, basis.to(grad.dtype))
-        scaled = adam(narrow, state, self.betas, self.eps)
-        along = (0 if grad.shape[0] < grad.shape[1] else 1) if self.by == "channel" else (0, 1)
-        factor = torch.linalg.vector_norm(scaled, dim=along, keepdim=True)
-        factor /= torch.linalg.vector_norm(narrow, dim=along, keepdim=True) + 1e-8
-        lengths = torch.linalg.vector_norm(grad, dim=along, keepdim=True)
-        length = float(torch.linalg.vector_norm(factor * lengths))
-        if state["length"] >= 0:  # a sudden growth is cut (Chen et al. 2024, arXiv:2410.01623)
-            cut = max(length / (state["length"] + 1e-8), GROWTH) / GROWTH
-            factor, length = factor / cut, length / cut
-        state["length"] = length
-        return grad, factor.mul_(self.scale**0.5)
+        direction, factor = scaled(grad, state, basis.to(grad.dtype), False, self.betas, self.eps)
+        return direction, factor * self.scale**0.5
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of the projected moments in fp32."""
         return moment_bytes(narrowed(shape, self.rank) or shape)
-
-
-@dataclass(frozen=True)
-class APOLLOMini(APOLLO):
-    """APOLLO at rank 1 with one factor for the whole tensor: d = sqrt(128) |Adam(R)| / |R| G.
-
-    Args:
-        rank, scale, every, by, betas, eps: as of APOLLO (1, 128, 200, `tensor`).
-
-    Reference: Zhu et al. 2025, arXiv:2412.05270, section 4.3.
-    Departures: as APOLLO.
-
-    >>> APOLLOMini().state_bytes((768, 2048))
-    16384
-    """
-
-    rank: int = 1
-    scale: float = 128.0
-    by: Literal["channel", "tensor"] = "tensor"
-
-    card = Card(
-        "apollo-mini",
-        paper="arXiv:2412.05270",
-        claim="A loss on a par with AdamW's with next to no state.",
-        keeps=frozenset({"deterministic"}),
-    )

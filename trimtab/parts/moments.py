@@ -71,6 +71,30 @@ def gaussian(side: int, rank: int, seed: int) -> Tensor:
     return torch.randn(side, rank, generator=torch.Generator().manual_seed(seed)).div_(rank**0.5)
 
 
+GROWTH = 1.01  # by which the length of a direction may exceed that of the one before
+
+
+def scaled(
+    grad: Tensor, state: State, basis: Tensor, by_tensor: bool, betas: tuple[float, float], eps: float
+) -> tuple[Tensor, Tensor]:
+    """A gradient and the factors by which Adam would stretch it, seen in a random subspace (APOLLO): of each channel
+    along the longer side, or of the tensor.
+
+    R = P G, s = |Adam(R)| / |R|; a sudden growth of |s G| is cut (Chen et al. 2024, arXiv:2410.01623).
+    """
+    narrow = project(grad, basis)
+    stretched = adam(narrow, state, betas, eps)
+    along = (0, 1) if by_tensor else 0 if grad.shape[0] < grad.shape[1] else 1
+    norm = torch.linalg.vector_norm
+    factor = norm(stretched, dim=along, keepdim=True) / (norm(narrow, dim=along, keepdim=True) + 1e-8)
+    length = float(norm(factor * norm(grad, dim=along, keepdim=True)))
+    if state["length"] >= 0:
+        cut = max(length / (state["length"] + 1e-8), GROWTH) / GROWTH
+        factor, length = factor / cut, length / cut
+    state["length"] = length
+    return grad, factor
+
+
 def leading(grad: Tensor, rank: int, rng: torch.Generator, rounds: int = 1, more: int = 8) -> Tensor:
     """About the leading singular vectors of the shorter side, `[side, rank]`, by a randomised range finder (Halko,
     Martinsson and Tropp 2011, arXiv:0909.4061, algorithm 4.4): a few thin products in place of a whole decomposition.
