@@ -137,7 +137,7 @@ def test_a_configuration_round_trips_through_text_and_toml(name: str) -> None:
         changed = cls(**{field: value})
         assert changed.config() == {field: value}
         assert method(name, **json.loads(json.dumps(changed.config()))) == changed
-        if issubclass(cls, Allocator | Pricer | Cacher):  # no step of a plan
+        if not issubclass(cls, Solver | Rewriter):  # no step of a plan
             continue
         plan = Plan.parse(f"{name}({field}={value!r}) @ {cls.card.levels[0]}")
         assert plan.steps[0].method == changed

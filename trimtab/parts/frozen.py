@@ -1,4 +1,4 @@
-"""The frozen matrix below an adapter: a linear, a transposed one as GPT-2's, or a packed weight unpacked for each use."""
+"""The frozen matrix below an adapter: a linear, a transposed one as GPT-2's, or a packed weight unpacked as used."""
 
 from __future__ import annotations
 

@@ -33,6 +33,17 @@ def rank_of(name: str, level: Any, module: nn.Module) -> int:
     return level.rank
 
 
+def scale_of(alpha: float, rank: int, scaling: str) -> float:
+    """What a product of rank r is multiplied by.
+
+    Raises:
+        UserError: the scaling is not known.
+    """
+    if scaling not in ("rank", "root"):
+        raise UserError(f"scaling={scaling!r} was asked for at rank {rank}; it is 'rank' or 'root'")
+    return alpha / (rank if scaling == "rank" else rank**0.5)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 

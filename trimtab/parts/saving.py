@@ -1,4 +1,4 @@
-"""What autograd keeps between forward and backward: each storage once, cheap functions of it as recipes, the rest packed.
+"""What autograd keeps for the backward pass: each storage once, cheap functions of it as recipes, the rest packed.
 
 Autograd saves every tensor that a gradient needs. Many of them are cheap functions of others that it saves as well: a
 norm's output, silu(gate) * up, a repeated head, a cast. Inside `with Saver():` an observer of torch's functions notes
@@ -31,7 +31,12 @@ SWEEP = 16  # recipes noted between two looks for storages that are gone
 
 # functions whose cost is a pass or two over memory; a name with and without underscores is the same function
 CHEAP = frozenset(
-    ["mul", "rmul", "multiply", "add", "radd", "sub", "rsub", "div", "truediv", "rtruediv", "true_divide", "neg", "pow", "square", "rsqrt", "sqrt", "reciprocal", "exp", "log", "sigmoid", "tanh", "sin", "cos", "silu", "gelu", "relu", "leaky_relu", "elu", "hardswish", "softplus", "mish", "relu6", "clamp", "abs", "erf", "to", "float", "bfloat16", "half", "type", "type_as", "contiguous", "clone", "reshape", "flatten", "repeat", "repeat_interleave", "cat", "stack", "concat", "where", "masked_fill", "mean", "sum", "layer_norm", "rms_norm", "group_norm"]
+    {"mul", "rmul", "multiply", "add", "radd", "sub", "rsub", "div", "truediv", "rtruediv", "true_divide", "neg", "abs"}
+    | {"pow", "square", "rsqrt", "sqrt", "reciprocal", "exp", "log", "erf", "sin", "cos", "clamp", "sigmoid", "tanh"}
+    | {"silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "hardswish", "softplus", "mish"}
+    | {"to", "float", "bfloat16", "half", "type", "type_as", "contiguous", "clone", "reshape", "flatten"}
+    | {"repeat", "repeat_interleave", "cat", "stack", "concat", "where", "masked_fill", "mean", "sum"}
+    | {"layer_norm", "rms_norm", "group_norm"}
 )
 DEEPEST = 1  # products in a row that a recipe may have: a longer chain would bring back all of a model at once
 PRODUCTS = frozenset({"linear"})  # functions that are recomputed as far as `recompute` says
