@@ -25,7 +25,8 @@ class LoRA(Wrapper):
             (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2).
 
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1, equation 3.
-    Departures: A is drawn as the authors' code draws it (uniform, within 1/sqrt(in)); the paper says Gaussian. No dropout.
+    Departures: A is drawn as the authors' code draws it (uniform, within 1/sqrt(in)); the paper says Gaussian. No
+        dropout.
 
     >>> from trimtab.core.level import Rank
     >>> layer = nn.Linear(32, 16)

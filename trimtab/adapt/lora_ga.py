@@ -59,8 +59,8 @@ class LoRAGA(Wrapper):
         rank = rank_of("lora-ga", level, module)
         if 2 * rank > min(grad.shape):
             raise UserError(
-                f"lora-ga was asked for rank {rank} at a matrix of {grad.shape[0]} x {grad.shape[1]}; it needs twice as "
-                f"many directions of the gradient: rank {min(grad.shape) // 2} is the most"
+                f"lora-ga was asked for rank {rank} at a matrix of {grad.shape[0]} x {grad.shape[1]}; it needs "
+                f"twice as many directions of the gradient: rank {min(grad.shape) // 2} is the most"
             )
         if not bool(grad.isfinite().all()):
             raise UserError(f"lora-ga was given a gradient of {grad.shape[0]} x {grad.shape[1]} that is not finite")
