@@ -13,25 +13,24 @@ from trimtab.core.budget import Budget
 from trimtab.core.errors import BudgetError, UserError
 
 if TYPE_CHECKING:
+    from trimtab.adapting import Adapted, adapt
     from trimtab.fitting import Fit, fit
     from trimtab.loading import Loaded, load
     from trimtab.optimising import optimizer
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__", "fit", "load", "optimizer"]
+__all__ = [
+    *("Adapted", "Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__"),
+    *("adapt", "fit", "load", "optimizer"),
+]
+
+_WHERE = {"fit": "fitting", "Fit": "fitting", "load": "loading", "Loaded": "loading", "optimizer": "optimising"}
+_WHERE |= {"adapt": "adapting", "Adapted": "adapting"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("fit", "Fit"):
+    if name in _WHERE:
         from importlib import import_module
 
-        return getattr(import_module("trimtab.fitting"), name)
-    if name in ("load", "Loaded"):
-        from importlib import import_module
-
-        return getattr(import_module("trimtab.loading"), name)
-    if name == "optimizer":
-        from importlib import import_module
-
-        return import_module("trimtab.optimising").optimizer
+        return getattr(import_module(f"trimtab.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")

@@ -76,6 +76,14 @@ class _Branches(Frame):
         return both + self.scale * (reads @ self.b_behind.to(x.dtype).T)
 
     @torch.no_grad()
+    def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        if self.frozen.bias is not None:  # the branch behind reads the bias as well
+            return None
+        behind = self.a_behind.float() @ self.frozen.weight().float()
+        factors = torch.cat((self.b, self.b_behind), 1).float() * self.scale
+        return torch.cat((self.a.float(), behind)), factors, None
+
+    @torch.no_grad()
     def delta(self) -> Tensor:
         behind = self.b_behind.float() @ (self.a_behind.float() @ self.frozen.weight().float())
         return self.scale * (self.b.float() @ self.a.float() + behind)

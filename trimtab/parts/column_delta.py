@@ -72,6 +72,13 @@ class Columns(Frame):
         return column_linear(x, self.frozen, self.columns, self.index)
 
     @torch.no_grad()
+    def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """A picks the columns, B is their change."""
+        pick = torch.zeros(len(self.index), self.in_features)
+        pick[torch.arange(len(self.index)), self.index] = 1.0
+        return pick, self.columns.float(), None
+
+    @torch.no_grad()
     def delta(self) -> Tensor:
         """What training added to the matrix `[out, in]`, fp32."""
         added = torch.zeros(self.out_features, self.in_features)

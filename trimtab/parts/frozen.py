@@ -108,6 +108,12 @@ class Frame(nn.Module):
         """What training added to the matrix `[out, in]`, fp32."""
         raise NotImplementedError
 
+    def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The delta as A `[r, in]`, B `[out, r]` with its scale in it, and the rows' trained lengths; None where it is
+        none.
+        """
+        return None
+
     def merged(self) -> nn.Module:
         """The plain linear of the same function."""
         return self.frozen.linear(self.frozen.weight().float() + self.delta())

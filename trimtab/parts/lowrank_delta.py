@@ -141,6 +141,12 @@ class LowRank(Frame):
         return (self._squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(1e-24).sqrt()
 
     @torch.no_grad()
+    def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Both factors, the scale in B, and the rows' lengths where these are trained."""
+        a, b = self.factors()
+        return a.float(), self.scale * b.float(), None if self.magnitude is None else self.magnitude.detach().float()
+
+    @torch.no_grad()
     def delta(self) -> Tensor:
         """What training added to the matrix `[out, in]`, fp32."""
         a, b = self.factors()
