@@ -162,7 +162,8 @@ def test_a_frozen_linear_keeps_nothing() -> None:
     assert torch.allclose(x.grad, torch.ones(*BIG) @ w @ w, atol=1e-5)
 
 
-def test_chunked_cross_entropy_is_the_plain_one_and_keeps_no_logits() -> None:
+def test_chunked_cross_entropy_is_the_plain_one_and_keeps_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.parts.cross_entropy.CHUNK", 4 * 500 * 100)
     rng = seeded(0)
     hidden = torch.randn(700, 32, generator=rng, requires_grad=True)
     weight = torch.randn(500, 32, generator=rng, requires_grad=True)

@@ -249,7 +249,8 @@ def chosen_sites(base: Base, targets: Sequence[str], chosen: Wrapper) -> list[Si
         if not sites:
             known = sorted({s.role for s in fit} | {s.path.rpartition(".")[2] for s in fit})
             raise UserError(
-                f"no linear of {base.name} is called {target!r}{did_you_mean(target, known)}; there are {', '.join(known)}"
+                f"no linear of {base.name} is called {target!r}{did_you_mean(target, known)}; there are "
+                f"{', '.join(known)}"
             )
     picked = {s.path for sites in names.values() for s in sites}
     return [s for s in fit if s.path in picked]
@@ -301,8 +302,8 @@ def _known_tokens(base: Base, tokens: Tensor) -> None:
     vocabulary = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if int(tokens.max()) >= vocabulary:
         raise UserError(
-            f"the tokenizer gives token {int(tokens.max())}, and the model knows {vocabulary}: this tokenizer belongs to "
-            "another model; put the model's own tokenizer files into its folder"
+            f"the tokenizer gives token {int(tokens.max())}, and the model knows {vocabulary}: this tokenizer belongs "
+            "to another model; put the model's own tokenizer files into its folder"
         )
 
 
@@ -419,7 +420,9 @@ class _Job:
         }
         done = train(
             *(base.model, data.train, len(data.train), recipe, optimiser, self.out),
-            **{"resume": self.resume, "identity": identity, "progress": self.progress},
+            resume=self.resume,
+            identity=identity,
+            progress=self.progress,
         )
         after = scored(base.model, data)
         about = {"method": name, "level": request.level, "hash": base.hash, "base": request.model, "data": data.hash}
@@ -597,8 +600,8 @@ def _within(
             return replace(recipe, micro=micro, codec=setting[0], recompute=setting[1]), plan  # type: ignore[arg-type]
     least = needs(1, LADDER[-1])
     raise BudgetError(
-        f"{say_bytes(limit)} of memory were asked for, and the least that fits is {say_bytes(least)}: {say_bytes(fixed)} "
-        f"for the process with its weights, {say_bytes(state)} for gradients and the optimiser, "
+        f"{say_bytes(limit)} of memory were asked for, and the least that fits is {say_bytes(least)}: "
+        f"{say_bytes(fixed)} for the process with its weights, {say_bytes(state)} for gradients and the optimiser, "
         f"{say_bytes(kept[LADDER[-1]] + rest)} for one item in flight; raise --memory, shorten --length, lower --rank, "
         "hold weights in bf16, or adapt a fitted artifact"
     )

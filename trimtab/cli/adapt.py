@@ -56,10 +56,7 @@ def command(
     low, high = found["difference"]
     print(f"{found['metric']} on {found['held_out']} held-out items: {spans['before']} before, {spans['after']} after")
     print(f"paired difference {low:+.4g} to {high:+.4g} (95 %): {found['verdict']}")
-    trained = (
-        f"{found['trained']} numbers trained by {found['method']} at {found['level']} on {len(found['sites'])} linears"
-    )
-    print(
-        f"{trained}; {found['saved_bytes'] / 1e6:.0f} MB kept for the backward pass, {found['peak_bytes'] / 1e6:.0f} MB peak"
-    )
+    where = f"on {len(found['sites'])} linears"
+    print(f"{found['trained']} numbers trained by {found['method']} at {found['level']} {where}")
+    print(f"{found['saved_bytes'] / 1e6:.0f} MB kept for the backward pass, {found['peak_bytes'] / 1e6:.0f} MB peak")
     print(f"adapter: {found['adapter']} ({found['adapter_bytes'] / 1e6:.2f} MB)")

@@ -116,7 +116,8 @@ def order(items: int, batch: int, step: int, seed: int) -> Tensor:
     >>> sorted(torch.cat([order(6, 2, step, seed=0) for step in range(3)]).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    found, place = [], step * batch
+    found: list[int] = []
+    place = step * batch
     while len(found) < batch:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + place // items)
         whole = torch.randperm(items, generator=rng)

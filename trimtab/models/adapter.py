@@ -2,9 +2,10 @@
 
 A folder holds `trimtab_adapter.json` (method, level, the base's hash, the adapted paths) and one of
 
-- `adapter_config.json` and `adapter_model.safetensors`: PEFT's own, of type LORA: `base_model.model.<path>.lora_A.weight`
-  `[r, in]` and `lora_B.weight` `[out, r]` (the scale is in B, and `lora_alpha` is r), and for DoRA
-  `lora_magnitude_vector` `[out]`. Trained columns are a pair too: A picks them, B is their change;
+- `adapter_config.json` and `adapter_model.safetensors`: PEFT's own, of type LORA:
+  `base_model.model.<path>.lora_A.weight` `[r, in]` and `lora_B.weight` `[out, r]` (the scale is in B, and
+  `lora_alpha` is r), and for DoRA `lora_magnitude_vector` `[out]`.
+  Trained columns are a pair too: A picks them, B is their change;
 - `delta.safetensors`: `<path>/<name>` for every trained or drawn tensor of the method's module.
 
 Nothing of it is code, and nothing is unpickled.

@@ -23,7 +23,7 @@ class Frozen:
 
     def __init__(self, module: nn.Module) -> None:
         self.packed = getattr(module, "packed", None)
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         # transformers' Conv1D, known by its face: it holds its weight [in, out] and says how many outputs there are
         self.transposed = self.packed is None and not isinstance(module, nn.Linear) and hasattr(module, "nf")
         if self.packed is None and not (self.transposed or isinstance(module, nn.Linear)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -113,7 +114,7 @@ class _View:
 
     @staticmethod
     def of(tensor: Tensor) -> _View:
-        return _View(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return _View(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def on(self, flat: Tensor) -> Tensor:
         return flat.view(self.dtype).as_strided(self.size, self.stride, self.offset)
@@ -286,6 +287,10 @@ class _Observer(TorchFunctionMode):
         return out
 
 
+def _same(node: _Node) -> _Node:
+    return node
+
+
 _active: list[Saver] = []
 
 
@@ -369,7 +374,8 @@ class Saver:
         if tiny or storage._cdata in self._free or self._shares(storage, args) or (product and not self.recompute):
             self._settle()
             return
-        call = _Call(function, *_map((args, kwargs), self._argument), product)
+        named, given = _map((args, kwargs), self._argument)
+        call = _Call(function, named, given, product)
         # a residual addition is kept: small beside the products that can be computed again from it
         residual = name.endswith("add") and any(n.call is not None and n.call.product for n in call.nodes())
         if residual or call.depth() > DEEPEST:
@@ -377,8 +383,7 @@ class Saver:
             return
         before = self._find(out)
         if before is None:
-            node = _Node(self, out, call)
-            self._nodes[storage._cdata] = (StorageWeakRef(storage), lambda node=node: node)
+            self._nodes[storage._cdata] = (StorageWeakRef(storage), partial(_same, _Node(self, out, call)))
             self._noted += 1
             if self._noted % SWEEP == 0:
                 self._nodes = {k: v for k, v in self._nodes.items() if not v[0].expired()}
