@@ -14,6 +14,7 @@ line is printed and appended to records/benchmarks/adapt.jsonl.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from trimtab.core.level import Rank
 from trimtab.core.method import method
-from trimtab.engine.train import keep_freed_memory
+from trimtab.engine.train import keep_freed_memory, lean_norms
 from trimtab.evidence import machine, versions
 from trimtab.models.adapter import place
 from trimtab.parts.saving import Codec, Saver
@@ -57,6 +58,7 @@ class Contender:
     saver: Saver | None
     optimiser: torch.optim.Optimizer
     saved: int = 0
+    norms: contextlib.ExitStack | None = None
     seconds: list[float] = field(default_factory=list)
 
     def forward(self) -> Tensor:
@@ -147,12 +149,13 @@ def contender(name: str, sizes: dict[str, Any], weights: dict[str, Tensor], toke
         if path.rpartition(".")[2] in roles:
             stats = {"rng": rng, "absmean": torch.ones(module.in_features)}
             place(model, path, wrapper.wrap(module, Rank(RANK), **{k: stats[k] for k in wrapper.needs()}))
+    norms = contextlib.ExitStack()
+    norms.enter_context(lean_norms(model))  # as the loop has it
     share = SHARE if not codec and chosen == "lora" else 0.0
     kept: Codec = codec or "exact"  # type: ignore[assignment]
     saver = Saver([*model.parameters(), *model.buffers()], kept, share)
-    return Contender(
-        model, mean, saver, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    )
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    return Contender(model, mean, saver, optimiser, norms=norms)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from trimtab.core.errors import UserError
 from trimtab.parts.cross_entropy import chunked_cross_entropy
 from trimtab.parts.frozen import Frozen, product
 from trimtab.parts.lowrank_delta import LowRank
+from trimtab.parts.norms import rms_norm, rms_norms
 from trimtab.parts.saving import CODECS, Saver, decode, encode
 
 BIG = (256, 128)  # more elements than what is always kept
@@ -178,6 +179,22 @@ def test_chunked_cross_entropy_is_the_plain_one_and_keeps_no_logits(monkeypatch:
     for a, b in zip(torch.autograd.grad(ours, (hidden, weight, bias)), wanted, strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm()
     assert abs(float(ours.detach() - plain.detach())) < 1e-5
+
+
+def test_rms_norms_are_told_by_what_they_compute_and_give_the_same_gradients() -> None:
+    model = filled(lambda: llama(2))
+    found = list(rms_norms(model))
+    assert len(found) == 5 and {eps for _, eps in found} == {model.config.rms_norm_eps}
+    assert list(rms_norms(filled(gpt2))) == [] and list(rms_norms(filled(vit))) == []
+    norm, eps = found[0]
+    x = torch.randn(6, 40, len(norm.weight), generator=seeded(0), requires_grad=True)
+    weight = norm.weight.requires_grad_(True)
+    direction = torch.randn(x.shape, generator=seeded(1))
+    plain = torch.autograd.grad((norm(x) * direction).sum(), (x, weight))
+    with Saver([weight]):
+        ours = (rms_norm(x, weight, eps) * direction).sum()
+    for a, b in zip(torch.autograd.grad(ours, (x, weight)), plain, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
 
 
 def test_what_cannot_be_is_refused_in_a_sentence() -> None:

@@ -12,8 +12,9 @@ import ctypes
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import UserError
 from trimtab.core.journal import Journal, write_atomic, writing
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
+from trimtab.parts.norms import rms_norm, rms_norms
 from trimtab.parts.saving import Codec, Saver
 
 LOG = "train-log.jsonl"
@@ -169,44 +171,36 @@ def train(
     training_mode(model)
     done = Trained(log=book.rows if book else [])
     last = first
-    for step in range(first, recipe.steps):
-        start = time.perf_counter()
-        for group, share in zip(optimiser.param_groups, shares, strict=True):
-            group["lr"] = recipe.rate_at(step) * share
-        places = order(items, recipe.batch, step, recipe.seed)
-        total, count = _gradients(model, loss, places, recipe.micro or recipe.batch, saver, done)
-        for p in named.values():
-            if p.grad is not None:
-                p.grad.div_(count)
-        norm = _norm(named.values())
-        mean = total / count
-        if not (math.isfinite(mean) and math.isfinite(norm)):
-            where = f"the last good checkpoint, of step {last}, stays in {folder}" if folder else "nothing was saved"
-            raise UserError(
-                f"step {step + 1}: the loss is {mean:.4g} and the gradient's norm {norm:.4g}, which is no number to go "
-                f"on with; {where}. Train with a lower rate than {recipe.rate:g}, or in fp32"
-            )
-        if recipe.clip and norm > recipe.clip:
+    with lean_norms(model):
+        for step in range(first, recipe.steps):
+            start = time.perf_counter()
+            for group, share in zip(optimiser.param_groups, shares, strict=True):
+                group["lr"] = recipe.rate_at(step) * share
+            places = order(items, recipe.batch, step, recipe.seed)
+            total, count = _gradients(model, loss, places, recipe.micro or recipe.batch, saver, done)
+            mean, norm = total / count, _scaled(named.values(), count, recipe.clip)
+            if not (math.isfinite(mean) and math.isfinite(norm)):
+                kept = f"the last good checkpoint, of step {last}, stays in {folder}" if folder else "nothing was saved"
+                raise UserError(
+                    f"step {step + 1}: the loss is {mean:.4g} and the gradient's norm {norm:.4g}, which is no number "
+                    f"to go on with; {kept}. Train with a lower rate than {recipe.rate:g}, or in fp32"
+                )
+            optimiser.step()
             for p in named.values():
                 if p.grad is not None:
-                    p.grad.mul_(recipe.clip / norm)
-        optimiser.step()
-        for p in named.values():
-            if p.grad is not None:
-                p.grad.zero_()  # kept, so that no step has to find memory for it again
-        seconds = time.perf_counter() - start
-        done.seconds.append(seconds)
-        row = {"step": step + 1, "loss": mean, "norm": norm, "rate": recipe.rate_at(step), "seconds": seconds}
-        done.log.append(row)
-        if book:
-            book.write(row)
-            if step + 1 == recipe.steps or (recipe.every and (step + 1) % recipe.every == 0):
-                book.save(step + 1)
-                last = step + 1
-        if watch:
-            watch(step + 1, mean)
-        if progress:
-            progress(f"train (loss {mean:.3f})" if not book else "train", step + 1, recipe.steps)
+                    p.grad.zero_()  # kept, so that no step has to find memory for it again
+            done.seconds.append(time.perf_counter() - start)
+            row = {"step": step + 1, "loss": mean, "norm": norm, "rate": recipe.rate_at(step)}
+            done.log.append(row | {"seconds": done.seconds[-1]})
+            if book:
+                book.write(done.log[-1])
+                if step + 1 == recipe.steps or (recipe.every and (step + 1) % recipe.every == 0):
+                    book.save(step + 1)
+                    last = step + 1
+            if watch:
+                watch(step + 1, mean)
+            if progress:
+                progress("train", step + 1, recipe.steps)
     return done
 
 
@@ -226,9 +220,33 @@ def _gradients(
     return total, count
 
 
-def _norm(parameters: Iterable[nn.Parameter]) -> float:
+def _scaled(parameters: Iterable[nn.Parameter], count: int, clip: float) -> float:
+    """The norm of the whole gradient, divided by `count`; the gradients are, and clipped to a norm where one is set."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.stack(torch._foreach_norm(grads)).norm()) if grads else 0.0
+    if not grads:
+        return 0.0
+    torch._foreach_div_(grads, count)
+    norm = float(torch.stack(torch._foreach_norm(grads)).norm())
+    if clip and clip < norm < math.inf:
+        torch._foreach_mul_(grads, clip / norm)
+    return norm
+
+
+@contextlib.contextmanager
+def lean_norms(model: nn.Module) -> Iterator[None]:
+    """Have the RMS norms of a model computed in few passes for a while."""
+    changed = [(module, partial(_norm_forward, module, eps)) for module, eps in rms_norms(model)]
+    for module, forward in changed:
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, _ in changed:
+            del module.forward
+
+
+def _norm_forward(module: Any, eps: float, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, eps)
 
 
 def training_mode(model: nn.Module) -> None:

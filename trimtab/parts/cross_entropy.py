@@ -37,13 +37,16 @@ class _ChunkedCrossEntropy(Function):
             norm = logits.logsumexp(1, keepdim=True)
             total += (norm - logits.gather(1, y)).sum()
             if wants_x or wants_w or g_b is not None:
-                grad = logits.sub_(norm).exp_().scatter_add_(1, y, torch.full_like(norm, -1.0)).div_(n).to(x.dtype)
+                grad = logits.sub_(norm).exp_().scatter_add_(1, y, torch.full_like(norm, -1.0)).to(x.dtype)
                 if g_x is not None:
                     torch.mm(grad, weight, out=g_x[i : i + step])
                 if g_w is not None:
                     g_w.addmm_(grad.T, x)
                 if g_b is not None:
                     g_b += grad.sum(0)
+        for g in (g_x, g_w, g_b):
+            if g is not None:
+                g.div_(n)
         ctx.shape = hidden.shape
         whole = bool(keep.all())
         ctx.save_for_backward(g_x, g_w, g_b, None if whole else keep)

@@ -304,6 +304,13 @@ def derived(out: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
     return out
 
 
+def cheap(out: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """The same for a function that costs a pass or two over memory."""
+    if _active and torch.is_grad_enabled():
+        _active[-1].made(out, function, args, {}, known=True)
+    return out
+
+
 class Saver:
     """Inside `with`, autograd keeps each storage once, cheap functions as recipes, and the rest through a codec.
 
@@ -361,11 +368,13 @@ class Saver:
 
     # ---- noting recipes
 
-    def made(self, out: Tensor, function: Any, args: Any, kwargs: Any, product: bool = False) -> None:
+    def made(
+        self, out: Tensor, function: Any, args: Any, kwargs: Any, product: bool = False, known: bool = False
+    ) -> None:
         """Note that `out` is a function of the arguments, where it is a cheap one or a product."""
         name = getattr(function, "__name__", "").strip("_")
         product = product or name in PRODUCTS
-        known = product or name in CHEAP
+        known = known or product or name in CHEAP
         if not known or torch.is_autocast_enabled(out.device.type) or kwargs.get("out") is not None:
             self._settle()
             return
