@@ -3,8 +3,9 @@
 A random Llama of 119.6 M parameters, 4 windows of 256 tokens, fp32, rank 16 on all linears of the blocks, fused AdamW.
 PEFT runs in its best setting: the memory that it frees stays in the process here, which spares it the page faults that
 it has by itself. The floor is the model's forward and the gradients of its inputs alone. Bytes kept are those of each
-storage once, parameters apart; seconds are medians over turns, and `p95` is the 95th percentile over the median. A JSON
-line is printed and appended to records/benchmarks/adapt.jsonl.
+storage once, parameters apart. Seconds are the processor's own, on one thread unless told otherwise, so that what else
+the machine does touches them little: medians over turns, the ratio to PEFT's taken turn by turn, and `p95` the 95th
+percentile over the median. A JSON line is printed and appended to records/benchmarks/adapt.jsonl.
 
     python benchmarks/adapt.py                  # ten minutes, 4 GB of memory; needs peft
     python benchmarks/adapt.py --only peft lora --turns 6
@@ -19,6 +20,7 @@ import datetime
 import json
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -71,12 +73,12 @@ class Contender:
         return self.loss()
 
     def step(self) -> float:
-        """Seconds of a step."""
-        start = time.perf_counter()
+        """Processor seconds of a step."""
+        start = time.process_time()
         self.forward().backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=False)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def count_kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
@@ -164,18 +166,21 @@ def main() -> None:
     everything = ("peft", "floor", "lora", "lora/int8", "lora/int4", "paca", "s2ft")
     parser.add_argument("--only", nargs="+", default=everything, help="contenders")
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     keep_freed_memory()
+    torch.set_num_threads(asked.threads)
     sizes = SIZES | ({"num_hidden_layers": 2} if asked.small else {})
     tokens = torch.randint(0, sizes["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     weights = dict(base(sizes, None).state_dict())
     parameters = sum(t.numel() for name, t in weights.items() if name != "lm_head.weight")
     found = {name: contender(name, sizes, weights, tokens) for name in asked.only}
     for turn in range(asked.turns + 2):
-        for one in found.values():
+        for name, one in found.items():
             seconds = one.step()
+            print(f"{turn} {name}: {seconds:.3f} s", file=sys.stderr, flush=True)
             if turn >= 2:
                 one.seconds.append(seconds)
     rows = {}
@@ -190,7 +195,13 @@ def main() -> None:
             row["time_to_peft"] = statistics.median(a / b for a, b in zip(found[name].seconds, turns, strict=True))
     row = {
         **{"parameters": parameters, "batch": BATCH, "length": LENGTH, "rank": RANK, "recompute": SHARE},
-        **{"turns": asked.turns, "contenders": rows, "machine": machine(), "versions": versions()},
+        **{
+            "turns": asked.turns,
+            "threads": asked.threads,
+            "contenders": rows,
+            "machine": machine(),
+            "versions": versions(),
+        },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     print(json.dumps(row))

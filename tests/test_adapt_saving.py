@@ -9,11 +9,14 @@ from test_structure import filled, gpt2, llama, vit
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.core.level import Int
+from trimtab.engine.run import PackedLinear
 from trimtab.parts.cross_entropy import chunked_cross_entropy
 from trimtab.parts.frozen import Frozen, product
 from trimtab.parts.lowrank_delta import LowRank
 from trimtab.parts.norms import rms_norm, rms_norms
 from trimtab.parts.saving import CODECS, Saver, decode, encode
+from trimtab.quant.rtn import RTN
 
 BIG = (256, 128)  # more elements than what is always kept
 
@@ -161,6 +164,18 @@ def test_a_frozen_linear_keeps_nothing() -> None:
     out.backward()
     w = layer.weight
     assert torch.allclose(x.grad, torch.ones(*BIG) @ w @ w, atol=1e-5)
+
+
+def test_a_packed_linear_keeps_no_unpacked_weight() -> None:
+    weight = torch.randn(128, 128, generator=seeded(0)) / 11
+    layer = PackedLinear(RTN().solve(weight, Int(4, 64)), torch.ones(128))
+    x = torch.randn(*BIG, requires_grad=True)
+    with Saver() as saver:
+        out = layer(layer(x)).sum()
+    assert saver.held == 0
+    out.backward()
+    dense = layer.packed.dense()
+    assert torch.allclose(x.grad, torch.ones(*BIG) @ dense @ dense, atol=1e-5)
 
 
 def test_chunked_cross_entropy_is_the_plain_one_and_keeps_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
