@@ -34,16 +34,21 @@ class _ChunkedCrossEntropy(Function):
         for i in range(0, len(wanted), step):
             x, y = rows[i : i + step], wanted[i : i + step, None]
             logits = (x @ matrix if bias is None else torch.addmm(bias, x, matrix)).float()
-            norm = logits.logsumexp(1, keepdim=True)
-            total += (norm - logits.gather(1, y)).sum()
-            if wants_x or wants_w or g_b is not None:
-                grad = logits.sub_(norm).exp_().scatter_add_(1, y, torch.full_like(norm, -1.0)).to(x.dtype)
-                if g_x is not None:
-                    torch.mm(grad, weight, out=g_x[i : i + step])
-                if g_w is not None:
-                    g_w.addmm_(grad.T, x)
-                if g_b is not None:
-                    g_b += grad.sum(0)
+            top = logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, y) - top
+            powers = logits.sub_(top).exp_()
+            sums = powers.sum(1, keepdim=True)
+            total += (sums.log() - chosen).sum()
+            # softmax less the label's one, with the division and the difference made in the small product
+            powers = powers.to(x.dtype)
+            if g_x is not None:
+                torch.mm(powers, weight, out=g_x[i : i + step])
+                g_x[i : i + step].div_(sums.to(x.dtype)).sub_(weight[y[:, 0]])
+            if g_w is not None:
+                g_w.addmm_(powers.T, x / sums.to(x.dtype)).index_add_(0, y[:, 0], x, alpha=-1)
+            if g_b is not None:
+                g_b += (powers / sums.to(x.dtype)).sum(0)
+                g_b.index_add_(0, y[:, 0], torch.ones_like(y[:, 0], dtype=g_b.dtype), alpha=-1)
         for g in (g_x, g_w, g_b):
             if g is not None:
                 g.div_(n)

@@ -56,9 +56,10 @@ class _Delta(Function):
         weight = base.weight(x.dtype)
         rows = _rows(x)
         inner = rows @ a.to(x.dtype).T
-        bias = base.bias
-        out = rows @ weight.T if bias is None or gain is not None else torch.addmm(bias.to(x.dtype), rows, weight.T)
-        out.addmm_(inner, b.to(x.dtype).T, alpha=scale)
+        bias, factor = base.bias, b.to(x.dtype).T * scale
+        # the thin product first: the large one adds to it as it goes
+        out = inner @ factor if bias is None or gain is not None else torch.addmm(bias.to(x.dtype), inner, factor)
+        out.addmm_(rows, weight.T)
         if gain is not None:
             out.mul_(gain.to(x.dtype))
             if bias is not None:
@@ -85,7 +86,7 @@ class _Delta(Function):
         g_a = (inward.T @ _rows(x)).to(a.dtype) if ctx.needs_input_grad[2] else None
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = (g @ base.weight(g.dtype)).addmm_(inward, a.to(g.dtype)).view(*grad.shape[:-1], base.in_features)
+            g_x = (inward @ a.to(g.dtype)).addmm_(g, base.weight(g.dtype)).view(*grad.shape[:-1], base.in_features)
         return g_x, None, g_a, g_b, g_gain, None
 
 

@@ -31,7 +31,7 @@ class _RMSNorm(Function):
         if not ctx.needs_input_grad[0]:
             return None, g_weight, None
         inner = grad * weight
-        along = torch.linalg.vecdot(inner, x).unsqueeze(-1)
+        along = torch.bmm(inner.reshape(-1, 1, x.shape[-1]), x.reshape(-1, x.shape[-1], 1)).view(scale.shape)
         along = along.mul_(scale).mul_(scale).div_(-x.shape[-1])
         return inner.addcmul_(x, along).mul_(scale), g_weight, None
 

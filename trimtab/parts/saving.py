@@ -318,7 +318,8 @@ class Saver:
         free: tensors that are there anyway (parameters and buffers): they cost nothing, and go by themselves.
         codec: how what must be kept is kept: `exact`, `bf16`, `int8` or `int4` (groups of 64 with a 16-bit scale).
         recompute: share of the bytes of matrix products, which a recipe could give, that is computed again and not
-            kept: 0 none, 1 all. At 1 a transformer block keeps its two residual states and the output of attention.
+            kept: 0 none, 1 all, and then what is cheaply computed from products too: a transformer block then keeps
+            its two residual states and the output of attention.
 
     With `exact` the gradients are those of plain autograd, bit for bit where a function computes the same twice.
 
@@ -455,6 +456,8 @@ class Saver:
             return False
         if not product:
             return True
+        if not call.product and self.recompute < 1:
+            return False  # passes behind the product as well: only where all is computed again
         self._credit += self.recompute * node.nbytes
         if self._credit < node.nbytes * (1 - 1e-9):
             return False
