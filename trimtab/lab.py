@@ -168,9 +168,9 @@ class Shift:
     """
 
     RATES = (1e-3, 4e-3)
-    LENGTH, BATCH, ITEMS = 64, 4, 48
+    LENGTH, BATCH, ITEMS = 64, 4, 32
 
-    def __init__(self, seed: int = 0, steps: int = 30, model: str = "pocket-lm") -> None:
+    def __init__(self, seed: int = 0, steps: int = 24, model: str = "pocket-lm") -> None:
         import hashlib
         from importlib import import_module
 
@@ -218,32 +218,29 @@ class Shift:
         return self._loss(model, self.judging), self._loss(model, self.knowing)
 
     def matched(self, method: str, numbers: int) -> str:
-        """The largest rank at which a method trains at most so many numbers."""
-        ranks = [r for r in range(1, 129) if self._count(method, r) <= numbers]
-        return f"r{max(ranks)}"
+        """The largest rank at which a method trains at most so many numbers, which grow in proportion to the rank."""
+        import torch
+        from torch import nn
 
-    def _count(self, method: str, rank: int) -> int:
-        base, sites, chosen = self._parts(method)
-        del base
-        shapes = [s.shape for s in sites]
-        if chosen.card.name in ("paca", "s2ft"):
-            return sum(rank * rows for rows, _ in shapes)
-        if chosen.card.name == "hydra":
-            return sum(rank // 2 * 2 * rows + (rank - rank // 2) * cols + rank // 2 * rows for rows, cols in shapes)
-        return sum(rank * (rows + cols) for rows, cols in shapes)
+        from trimtab.adapting import chosen_sites
+        from trimtab.core.level import Rank
+        from trimtab.core.plan import parse_method
+
+        chosen: Any = parse_method(method)
+        total = 0
+        for site in chosen_sites(self._opened, (), chosen):
+            rows, cols = site.shape
+            rng, ones = torch.Generator().manual_seed(0), torch.ones(cols)
+            stats = {"rng": rng, "absmean": ones, "mean": ones, "gram": torch.eye(cols), "grad": torch.ones(rows, cols)}
+            frame = chosen.wrap(nn.Linear(cols, rows, False), Rank(4), **{k: stats[k] for k in chosen.needs()})
+            total += sum(p.numel() for p in frame.parameters() if p.requires_grad)
+        return f"r{4 * numbers // total}"
 
     @cached_property
     def _opened(self) -> Any:
         from trimtab.adapting import open_base
 
         return open_base(self.model)
-
-    def _parts(self, method: str) -> tuple[Any, Any, Any]:
-        from trimtab.adapting import chosen_sites
-        from trimtab.core.plan import parse_method
-
-        chosen: Any = parse_method(method)
-        return self._opened, chosen_sites(self._opened, (), chosen), chosen
 
     def run(self, method: str, level: str, context: str = "new", rates: tuple[float, ...] | None = None) -> Adapted:
         """Adapt a fresh copy with a method at a level, at the better of the rates.
@@ -285,7 +282,8 @@ class Shift:
         optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
         marks, first = [time.process_time()], [0.0]
         adapted = frames(base.model)
-        start = {path: frame.delta() for path, frame in adapted.items()} if method and method != "smora" else {}
+        linear = all(frame.factored() is not None for frame in adapted.values())
+        start = {path: frame.delta() for path, frame in adapted.items()} if linear else {}
 
         def watch(step: int, loss: float) -> None:
             marks.append(time.process_time())

@@ -7,7 +7,7 @@ from typing import Any
 from trimtab.core.claim import Check, Claim
 
 SETTING = (
-    "The shipped language model of Python code, adapted in 30 steps of 4 windows of 64 tokens to the prose of Python's "
+    "The shipped language model of Python code, adapted in 24 steps of 4 windows of 64 tokens to the prose of Python's "
     "reference; AdamW, the better of two rates by windows that the training leaves out"
 )
 
