@@ -166,6 +166,7 @@ def main() -> None:
     everything = ("peft", "floor", "lora", "lora/int8", "lora/int4", "paca", "s2ft")
     parser.add_argument("--only", nargs="+", default=everything, help="contenders")
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no turn after so many")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true")
     asked = parser.parse_args()
@@ -177,7 +178,10 @@ def main() -> None:
     weights = dict(base(sizes, None).state_dict())
     parameters = sum(t.numel() for name, t in weights.items() if name != "lm_head.weight")
     found = {name: contender(name, sizes, weights, tokens) for name in asked.only}
+    began = time.perf_counter()
     for turn in range(asked.turns + 2):
+        if turn > 2 and time.perf_counter() - began > 60 * asked.minutes:
+            break
         for name, one in found.items():
             seconds = one.step()
             print(f"{turn} {name}: {seconds:.3f} s", file=sys.stderr, flush=True)
@@ -196,7 +200,7 @@ def main() -> None:
     row = {
         **{"parameters": parameters, "batch": BATCH, "length": LENGTH, "rank": RANK, "recompute": SHARE},
         **{
-            "turns": asked.turns,
+            "turns": len(next(iter(found.values())).seconds),
             "threads": asked.threads,
             "contenders": rows,
             "machine": machine(),

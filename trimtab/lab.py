@@ -293,9 +293,13 @@ class Shift:
         done = train(base.model, self.train, len(self.train), recipe, optimiser, watch=watch)
         steps = [b - a for a, b in itertools.pairwise(marks[1:])]
         found = Adapted(
-            *(self._loss(base.model, self.judging), self._loss(base.model, self.knowing)),
-            *(tuple(row["loss"] for row in done.log), sum(p.numel() for p in trained), done.saved_bytes),
-            *(statistics.median(steps), first[0]),
+            loss=self._loss(base.model, self.judging),
+            known=self._loss(base.model, self.knowing),
+            course=tuple(row["loss"] for row in done.log),
+            trained=sum(p.numel() for p in trained),
+            saved=done.saved_bytes,
+            seconds=statistics.median(steps),
+            first=first[0],
         )
         return self._loss(base.model, self.choosing), found
 

@@ -62,6 +62,8 @@ class Columns(Frame):
         dtype: of the trained change.
     """
 
+    index: Tensor
+
     def __init__(self, module: nn.Module, index: Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(module)
         self.columns = nn.Parameter(torch.zeros(self.out_features, len(index), dtype=dtype))

@@ -108,6 +108,9 @@ class LowRank(Frame):
         magnitude: rows of the matrix are scaled to trained lengths, which begin as they are.
     """
 
+    a0: Tensor
+    b0: Tensor
+
     def __init__(
         self, module: nn.Module, a: Tensor, b: Tensor, scale: float, start: bool = False, magnitude: bool = False
     ) -> None:
