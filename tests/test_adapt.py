@@ -14,15 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Said
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import Said, artifact_of
 
 from trimtab import adapt
 from trimtab.adapting import open_base
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.engine.run import PackedLinear
 from trimtab.models.adapter import ABOUT, CONFIG, DELTA, attach, frames, merge
-from trimtab.models.pocket import POCKET
 from trimtab.models.source import open_source
 
 TEXT = "".join(f"def f{i}(value):\n    return value * {i} + offset\n\n\n" for i in range(150))
@@ -43,16 +41,9 @@ OPTIONS: dict[str, Any] = {"steps": 6, "batch": 2, "length": 64, "rate": 2e-2}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of a small random Llama with the shipped tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 4096}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(POCKET["pocket-lm"] / name, folder)
-    return str(folder)
+def tiny(tiny: Path) -> str:
+    """The folder that all test files share, as a user names it."""
+    return str(tiny)
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +102,8 @@ def test_what_peft_saves_is_taken(tiny: str, tmp_path: Path) -> None:
     assert torch.allclose(logits(ours), logits(theirs), atol=2e-4)
 
 
-def test_a_fitted_base_stays_packed(tiny: str, data: Path, tmp_path: Path, cli: Cli) -> None:
-    cli(
-        "fit",
-        tiny,
-        "--plan",
-        "rtn @ model.layers.*=4b/g64",
-        "--effort",
-        "quick",
-        "--out",
-        tmp_path / "fit",
-        "-q",
-    )
+def test_a_fitted_base_stays_packed(tiny: str, data: Path, tmp_path: Path) -> None:
+    artifact_of(tiny, "rtn @ model.layers.*=4b/g32", tmp_path / "fit")
     made = adapt(str(tmp_path / "fit"), str(data), level="r4", out=tmp_path / "run", **OPTIONS)
     below = [frame.base for frame in frames(made.model).values()]
     assert below and all(isinstance(module, PackedLinear) for module in below)
@@ -148,7 +129,7 @@ def test_killed_and_resumed_it_ends_with_the_same_adapter(tiny: str, data: Path,
         "--every",
         "1",
     ]
-    line += ["--batch", "2", "--length", "64", "--rate", "2e-2", "-q", "--steps", "40", "--out"]
+    line += ["--batch", "2", "--length", "64", "--rate", "2e-2", "-q", "--steps", "12", "--out"]
     code = "import sys; from trimtab.cli import main; main(sys.argv[1:])"
     start = [sys.executable, "-c", code, *line[3:]]
     process = subprocess.Popen([*start, str(tmp_path / "cut")])
