@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 STATISTICS_ITEMS = 16  # that gram, absmean and gradient are collected on
 AUTO = ("lora(scaling='root')", "paca", "lora-ga", "dora")
 AUTO_SHARE = 0.1  # of the steps, for each method that is tried
-LADDER = (("exact", 0.2), ("exact", 1.0), ("int8", 1.0), ("int4", 1.0))
+LADDER = (("exact", 0.22), ("exact", 1.0), ("int8", 1.0), ("int4", 1.0))
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Recipe:
     decay: float = 0.0
     clip: float = 1.0
     codec: Codec = "exact"
-    recompute: float = 0.2
+    recompute: float = 0.22
     every: int = 0
     seed: int = 0
 
