@@ -16,8 +16,7 @@ import pytest
 import torch
 from conftest import Said, artifact_of
 
-from trimtab import adapt
-from trimtab.adapting import open_base
+from trimtab.adapting import adapt, open_base
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.engine.run import PackedLinear
 from trimtab.models.adapter import ABOUT, CONFIG, DELTA, attach, frames, merge

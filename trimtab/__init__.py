@@ -13,19 +13,14 @@ from trimtab.core.budget import Budget
 from trimtab.core.errors import BudgetError, UserError
 
 if TYPE_CHECKING:
-    from trimtab.adapting import Adapted, adapt
     from trimtab.fitting import Fit, fit
     from trimtab.loading import Loaded, load
     from trimtab.optimising import optimizer
 
 __version__ = "0.1.0"
-__all__ = [
-    *("Adapted", "Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__"),
-    *("adapt", "fit", "load", "optimizer"),
-]
+__all__ = ["Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__", "fit", "load", "optimizer"]
 
 _WHERE = {"fit": "fitting", "Fit": "fitting", "load": "loading", "Loaded": "loading", "optimizer": "optimising"}
-_WHERE |= {"adapt": "adapting", "Adapted": "adapting"}
 
 
 def __getattr__(name: str) -> Any:
