@@ -13,30 +13,27 @@ from trimtab.core.budget import Budget
 from trimtab.core.errors import BudgetError, UserError
 
 if TYPE_CHECKING:
+    from trimtab.adapting import adapt
     from trimtab.fitting import Fit, fit
     from trimtab.loading import Loaded, load
     from trimtab.merging import merge
     from trimtab.optimising import optimizer
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__", "fit", "load", "merge", "optimizer"]
+__all__ = [
+    *("Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__"),
+    *("adapt", "fit", "load", "merge", "optimizer"),
+]
+
+_WHERE = {"fit": "fitting", "Fit": "fitting", "load": "loading", "Loaded": "loading", "optimizer": "optimising"}
+_FAMILIES = ("adapt", "merge")
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("fit", "Fit"):
-        from importlib import import_module
+    from importlib import import_module
 
-        return getattr(import_module("trimtab.fitting"), name)
-    if name in ("load", "Loaded"):
-        from importlib import import_module
-
-        return getattr(import_module("trimtab.loading"), name)
-    if name == "optimizer":
-        from importlib import import_module
-
-        return import_module("trimtab.optimising").optimizer
-    if name == "merge":
-        from importlib import import_module
-
-        return import_module("trimtab.merge")  # can be called, see there
+    if name in _WHERE:
+        return getattr(import_module(f"trimtab.{_WHERE[name]}"), name)
+    if name in _FAMILIES:  # which can be called, see there
+        return import_module(f"trimtab.{name}")
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")

@@ -5,6 +5,7 @@ it never saw.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -131,6 +132,199 @@ class Bench:
         return collect(stream, dict.fromkeys(stream.sites, names), run)
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What an adaptation made of a model.
+
+    Fields:
+        loss: on text of the new domain that was never trained on, nats a token.
+        known: on test text of the domain that the model comes from.
+        course: training loss of each step.
+        trained: how many numbers were trained.
+        saved: most bytes kept for a backward pass.
+        seconds: processor time of a step, the median.
+        first: cosine of the first step's change of all adapted matrices with what the full gradient asks for.
+    """
+
+    loss: float
+    known: float
+    course: tuple[float, ...]
+    trained: int
+    saved: int
+    seconds: float
+    first: float
+
+
+class Shift:
+    """A language model on its way to another domain: from Python's library to the prose of Python's own reference.
+
+    The reference is `pydoc_data.topics`, which comes with Python and lies in none of the splits that the shipped model
+    was made with. Every method gets the same windows in the same order; rates are chosen among `RATES` by a slice of
+    the training windows that the training leaves out.
+
+    Args:
+        seed: draws the order of the windows and what a method draws.
+        steps: of 4 windows of 64 tokens.
+    """
+
+    RATES = (1e-3, 4e-3)
+    LENGTH, BATCH, ITEMS = 64, 4, 32
+
+    def __init__(self, seed: int = 0, steps: int = 24, model: str = "pocket-lm") -> None:
+        import hashlib
+        from importlib import import_module
+
+        from trimtab.adapting import Material, open_base
+        from trimtab.tasks.base import Batch
+        from trimtab.tasks.causal_lm import CausalLM
+        from trimtab.tasks.text import stdlib_documents, token_blocks
+        from trimtab.tasks.training import Prediction
+
+        self.seed, self.steps, self.model = seed, steps, model
+        base = open_base(model)
+        topics = import_module("pydoc_data.topics").topics
+        order = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
+        cut = len(order) * 4 // 5
+        new, apart = ([topics[name] for name in part] for part in (order[:cut], order[cut:]))
+        code = stdlib_documents("test"), stdlib_documents("search")
+        texts: dict[str, Any] = {"new": new, "apart": apart, "test": code[0], "code": code[1]}
+        limits = {"new": self.ITEMS * 8, "apart": self.ITEMS, "test": self.ITEMS, "code": self.ITEMS}
+        blocks = {k: token_blocks(base.tokenizer, v, self.LENGTH, limit=limits[k]) for k, v in texts.items()}
+
+        def prediction(tokens: Tensor) -> Prediction:
+            labels = tokens.clone()
+            labels[:, 0] = -100
+            return Prediction({"input_ids": tokens}, labels, {"use_cache": False})
+
+        def batch(name: str) -> Batch:
+            found = prediction(blocks[name].tokens)
+            return Batch(found.inputs, found.labels, blocks[name].bytes)
+
+        tokens = blocks["new"].tokens
+        task = CausalLM({"test": blocks["apart"].tokens}, {"test": blocks["apart"].bytes})
+        held = len(tokens) // 8
+        chosen = prediction(tokens[:held])
+        self.train = prediction(tokens[held:])
+        self.choosing = Material(self.train, Batch(chosen.inputs, chosen.labels, blocks["new"].bytes[:held]), task, "")
+        self.judging = Material(self.train, batch("apart"), task, "")
+        self.knowing = Material(prediction(blocks["code"].tokens), batch("test"), task, "")
+        self.hash = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+    def before(self) -> tuple[float, float]:
+        """Losses of the model as it came: on the new domain, and on its own."""
+        from trimtab.adapting import open_base
+
+        model = open_base(self.model).model
+        return self._loss(model, self.judging), self._loss(model, self.knowing)
+
+    def matched(self, method: str, numbers: int) -> str:
+        """The largest rank at which a method trains at most so many numbers, which grow in proportion to the rank."""
+        import torch
+        from torch import nn
+
+        from trimtab.adapting import chosen_sites
+        from trimtab.core.level import Rank
+        from trimtab.core.plan import parse_method
+
+        chosen: Any = parse_method(method)
+        total = 0
+        for site in chosen_sites(self._opened, (), chosen):
+            rows, cols = site.shape
+            rng, ones = torch.Generator().manual_seed(0), torch.ones(cols)
+            stats = {"rng": rng, "absmean": ones, "mean": ones, "gram": torch.eye(cols), "grad": torch.ones(rows, cols)}
+            frame = chosen.wrap(nn.Linear(cols, rows, False), Rank(4), **{k: stats[k] for k in chosen.needs()})
+            total += sum(p.numel() for p in frame.parameters() if p.requires_grad)
+        return f"r{4 * numbers // total}"
+
+    @cached_property
+    def _opened(self) -> Any:
+        from trimtab.adapting import open_base
+
+        return open_base(self.model)
+
+    def run(self, method: str, level: str, context: str = "new", rates: tuple[float, ...] | None = None) -> Adapted:
+        """Adapt a fresh copy with a method at a level, at the better of the rates.
+
+        Args:
+            context: what statistics are collected on: `new`, or `code`, the domain that the model comes from.
+        """
+        tried = [self._run(method, level, context, rate) for rate in rates or self.RATES]
+        return min(tried, key=lambda pair: pair[0])[1]
+
+    def full(self) -> Adapted:
+        """Full fine-tuning of all linears of the blocks, for comparison."""
+        return min((self._run("", "", "new", rate) for rate in (1e-4, 4e-4)), key=lambda pair: pair[0])[1]
+
+    def _run(self, method: str, level: str, context: str, rate: float) -> tuple[float, Adapted]:
+        import statistics
+        import time
+
+        import torch
+
+        from trimtab.adapting import chosen_sites, open_base, wrap_all
+        from trimtab.core.level import parse_level
+        from trimtab.core.plan import parse_method
+        from trimtab.engine.train import Recipe, train
+        from trimtab.models.adapter import frames
+
+        base = open_base(self.model)
+        if method:
+            chosen: Any = parse_method(method)
+            sites = chosen_sites(base, (), chosen)
+            about = self.knowing if context == "code" else self.choosing
+            wrap_all(base, about, sites, chosen, parse_level(level), self.seed)
+        else:
+            for site in base.sites:
+                if site.kind == "linear" and site.block is not None:
+                    base.model.get_submodule(site.path).weight.requires_grad_(True)
+        trained = [p for p in base.model.parameters() if p.requires_grad]
+        recipe = Recipe(self.steps, self.BATCH, rate=rate, recompute=0.0, seed=self.seed)
+        optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
+        marks, first = [time.process_time()], [0.0]
+        adapted = frames(base.model)
+        linear = all(frame.factored() is not None for frame in adapted.values())
+        start = {path: frame.delta() for path, frame in adapted.items()} if linear else {}
+
+        def watch(step: int, loss: float) -> None:
+            marks.append(time.process_time())
+            if step == 1 and start:
+                first[0] = self._along({path: adapted[path].delta() - start[path] for path in start})
+
+        done = train(base.model, self.train, len(self.train), recipe, optimiser, watch=watch)
+        steps = [b - a for a, b in itertools.pairwise(marks[1:])]
+        found = Adapted(
+            loss=self._loss(base.model, self.judging),
+            known=self._loss(base.model, self.knowing),
+            course=tuple(row["loss"] for row in done.log),
+            trained=sum(p.numel() for p in trained),
+            saved=done.saved_bytes,
+            seconds=statistics.median(steps),
+            first=first[0],
+        )
+        return self._loss(base.model, self.choosing), found
+
+    def _along(self, change: dict[str, Tensor]) -> float:
+        """Cosine between a change of the matrices and minus the gradient of the first step's loss."""
+        import torch
+
+        from trimtab.engine.train import order
+
+        base = self._opened
+        weights = {path: base.model.get_submodule(path).weight.requires_grad_(True) for path in change}
+        value, count = self.train(base.model, order(len(self.train), self.BATCH, 0, self.seed))
+        grads = torch.autograd.grad(value / count, list(weights.values()))
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        gone, asked = (torch.cat([t.flatten() for t in ts]) for ts in (list(change.values()), [-g for g in grads]))
+        return float(torch.cosine_similarity(gone, asked, dim=0))
+
+    def _loss(self, model: Any, what: Any) -> float:
+        from trimtab.adapting import scored
+
+        scores = scored(model, what)
+        return float(scores.nll.sum() / scores.count.sum())
+
+
 class Lab:
     """What a claim's `measure(lab, seed)` is given.
 
@@ -161,6 +355,12 @@ class Lab:
             bench.source = planted(source, bench.modelmap, outliers, seed)
         self.hashes |= {model: source.hash, f"{model} data": bench.task.data_hash()}
         return bench
+
+    def shift(self, seed: int = 0, **options: Any) -> Shift:
+        """A language model on its way to another domain, see `Shift`."""
+        shift = Shift(seed, **options)
+        self.hashes |= {shift.model: shift._opened.hash, "reference": shift.hash}
+        return shift
 
 
 def planted(source: Source, modelmap: Any, factor: float, seed: int, channels: int = 4) -> Source:

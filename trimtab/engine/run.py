@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.formats.packed import Packed
+from trimtab.parts.frozen import Frozen, product
 
 ROUNDS, PAUSE, LONG = 5, 0.1, 5.0  # of a measurement; seconds between them; seconds after which there is no other
 
@@ -31,7 +32,9 @@ class PackedLinear(nn.Module):
             self.bias = shift if bias is None else bias + shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., in]` to `[..., out]`."""
+        """`x [..., in]` to `[..., out]`; for a gradient the weight is unpacked again, and not kept."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return product(x, Frozen(self))
         return nn.functional.linear(x, self.packed.dense().to(x.dtype), self.bias)
 
 

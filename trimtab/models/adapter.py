@@ -1,0 +1,224 @@
+"""Adapters on disk: PEFT's format wherever the delta is a low-rank pair; else the trained tensors by their paths.
+
+A folder holds `trimtab_adapter.json` (method, level, the base's hash, the adapted paths) and one of
+
+- `adapter_config.json` and `adapter_model.safetensors`: PEFT's own, of type LORA:
+  `base_model.model.<path>.lora_A.weight` `[r, in]` and `lora_B.weight` `[out, r]` (the scale is in B, and
+  `lora_alpha` is r), and for DoRA `lora_magnitude_vector` `[out]`.
+  Trained columns are a pair too: A picks them, B is their change;
+- `delta.safetensors`: `<path>/<name>` for every trained or drawn tensor of the method's module.
+
+Nothing of it is code, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import UserError
+from trimtab.core.journal import commit_folder, write_atomic, writing
+from trimtab.core.level import parse_level
+from trimtab.formats.checkpoint import Checkpoint, write_safetensors
+from trimtab.parts.frozen import Frame, Frozen
+from trimtab.parts.lowrank_delta import LowRank
+
+FORMAT = 1
+ABOUT, CONFIG, TENSORS, DELTA = (
+    *("trimtab_adapter.json", "adapter_config.json", "adapter_model.safetensors", "delta.safetensors"),
+)
+PREFIX = "base_model.model."
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "embedding": "FEATURE_EXTRACTION"}
+
+
+def frames(model: nn.Module) -> dict[str, Frame]:
+    """The adapted linears of a model, by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Frame)}
+
+
+def place(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module where a path names another."""
+    parent, _, key = path.rpartition(".")
+    setattr(model.get_submodule(parent), key, module)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every adapter into a plain linear, in place.
+
+    Raises:
+        UserError: a method's delta depends on the input, so that no plain linear has its function.
+    """
+    for path, frame in frames(model).items():
+        try:
+            merged = frame.merged()
+        except NotImplementedError:
+            raise UserError(f"{path} is adapted by a method that cannot be merged; serve it as an adapter") from None
+        place(model, path, merged)
+    return model
+
+
+def write_adapter(folder: Path, model: nn.Module, about: Mapping[str, Any], base: str, task: str) -> int:
+    """Write a model's adapters: all or nothing; their bytes on disk.
+
+    Args:
+        about: method, level, the base's hash.
+        base: the name that PEFT is to load the base under.
+    """
+    found = frames(model)
+    pairs = {path: frame.factored() for path, frame in found.items()}
+    ranks = {path: len(pair[0]) for path, pair in pairs.items() if pair is not None}
+    temporary = folder.with_name(f".{folder.name}.part")
+    with writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            if len(ranks) == len(found):
+                lengths = any(pair is not None and pair[2] is not None for pair in pairs.values())
+                config = _config(model, found, ranks, lengths, base, task)
+                write_atomic(temporary / CONFIG, lambda p: p.write_text(json.dumps(config, indent=2), "utf-8"))
+                write_safetensors(dict(_peft(pairs)), temporary / TENSORS)
+            else:
+                write_safetensors(dict(_plain(found)), temporary / DELTA)
+            entry = {"format": FORMAT, **about, "sites": list(found), "peft": len(ranks) == len(found)}
+            write_atomic(temporary / ABOUT, lambda p: p.write_text(json.dumps(entry, indent=1), "utf-8"))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    commit_folder(temporary, folder)
+    return sum(p.stat().st_size for p in folder.iterdir())
+
+
+def _peft(pairs: Mapping[str, Any]) -> Any:
+    for path, (a, b, lengths) in pairs.items():
+        yield f"{PREFIX}{path}.lora_A.weight", a.contiguous()
+        yield f"{PREFIX}{path}.lora_B.weight", b.contiguous()
+        if lengths is not None:
+            yield f"{PREFIX}{path}.lora_magnitude_vector", lengths.contiguous()
+
+
+def _plain(found: Mapping[str, Frame]) -> Any:
+    for path, frame in found.items():
+        below = {name for name, _ in frame.base.named_parameters(prefix="base")}
+        for name, value in frame.state_dict().items():
+            if name not in below and not name.startswith("base."):
+                yield f"{path}/{name}", value.contiguous()
+
+
+def _config(
+    model: nn.Module, found: Mapping[str, Frame], ranks: Mapping[str, int], lengths: bool, base: str, task: str
+) -> dict[str, Any]:
+    names = sorted({path.rpartition(".")[2] for path in found})
+    same = {
+        p for p, m in model.named_modules() if p.rpartition(".")[2] in names and (isinstance(m, Frame) or _linear(m))
+    }
+    common = max(ranks.values(), default=1)
+    others = {path: rank for path, rank in ranks.items() if rank != common}
+    return {
+        **{"peft_type": "LORA", "task_type": TASK_TYPES.get(task), "base_model_name_or_path": base},
+        **{"r": common, "lora_alpha": common, "rank_pattern": others, "alpha_pattern": others},
+        **{"target_modules": names if same == set(found) else sorted(found), "bias": "none", "lora_dropout": 0.0},
+        **{"use_dora": lengths, "use_rslora": False, "inference_mode": True, "init_lora_weights": True},
+        "fan_in_fan_out": any(frame.frozen.transposed for frame in found.values()),
+    }
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or hasattr(module, "nf")
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What an adapter's folder says of itself; of one by PEFT, what its configuration says.
+
+    Raises:
+        UserError: the folder holds no adapter, or a damaged one.
+    """
+    path = next((p for n in (ABOUT, CONFIG) if (p := folder / n).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} holds no adapter: neither {ABOUT} nor {CONFIG} is there; `trimtab adapt` makes one")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); train the adapter again") from error
+    return found
+
+
+def attach(model: nn.Module, folder: Path, base_hash: str | None = None, force: bool = False) -> nn.Module:
+    """Put a folder's adapter onto a model, in place; also one that PEFT wrote, where it is a LoRA.
+
+    Args:
+        base_hash: of the model that it is put onto; None: not compared.
+        force: put it on although it was trained on another model.
+
+    Raises:
+        UserError: it is no adapter, was trained on another model, or names a linear that the model lacks.
+    """
+    about = read_about(folder)
+    if base_hash and about.get("hash") not in (None, base_hash) and not force:
+        raise UserError(
+            f"{folder} was trained on a model of hash {about['hash']}, and this one has {base_hash}: its outputs would "
+            "be others; name the model that it was trained on, or insist with --force"
+        )
+    return _attach_delta(model, folder, about) if (folder / DELTA).is_file() else _attach_pair(model, folder)
+
+
+def _attach_pair(model: nn.Module, folder: Path) -> nn.Module:
+    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder} is a PEFT adapter of type {config.get('peft_type')!r}, and only LORA is taken")
+    file = Checkpoint(folder / TENSORS)
+    ends = (".lora_A.weight", ".lora_B.weight")
+    paths = [n.removeprefix(PREFIX).removesuffix(ends[0]) for n in file.names() if n.endswith(ends[0])]
+    for path in paths:
+        module = _module(model, path, folder)
+        a, b = (file.read(f"{PREFIX}{path}{end}").float().clone() for end in ends)
+        base = Frozen(module)
+        if a.shape[1:] != (base.in_features,) or b.shape != (base.out_features, len(a)):
+            raise UserError(
+                f"{folder}: the factors of {path} are {tuple(b.shape)} and {tuple(a.shape)}, and the model's matrix is "
+                f"{base.out_features} x {base.in_features}: the adapter is of another model"
+            )
+        alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
+        scale = alpha / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
+        name = f"{PREFIX}{path}.lora_magnitude_vector"
+        frame = LowRank(module, a, b, scale, magnitude=name in file)
+        if frame.magnitude is not None:
+            frame.magnitude.data.copy_(file.read(name))
+        place(model, path, frame)
+    return model
+
+
+def _attach_delta(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> nn.Module:
+    from trimtab.core.plan import parse_method
+
+    file, chosen, level = Checkpoint(folder / DELTA), parse_method(about["method"]), parse_level(about["level"])
+    for path in about["sites"]:
+        module = _module(model, path, folder)
+        base = Frozen(module)
+        stats = {
+            **{"rng": torch.Generator(), "gram": torch.eye(base.in_features), "mean": torch.zeros(base.in_features)},
+            **{"absmean": torch.ones(base.in_features), "grad": torch.zeros(base.out_features, base.in_features)},
+        }
+        frame = chosen.wrap(module, level, **{k: stats[k] for k in chosen.needs()})  # type: ignore[attr-defined]
+        mine: dict[str, Tensor] = {n.split("/", 1)[1]: file.read(n) for n in file.names() if n.startswith(f"{path}/")}
+        _, unknown = frame.load_state_dict(mine, strict=False)
+        if unknown:
+            raise UserError(f"{folder} holds {unknown[0]} for {path}, which {about['method']} does not know")
+        place(model, path, frame)
+    return model
+
+
+def _module(model: nn.Module, path: str, folder: Path) -> nn.Module:
+    from trimtab.core.method import did_you_mean
+
+    known = dict(model.named_modules())
+    if path not in known:
+        raise UserError(f"{folder} adapts {path}, which the model lacks{did_you_mean(path, known)}")
+    return known[path]
