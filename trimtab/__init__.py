@@ -21,8 +21,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    *("Budget", "BudgetError", "Fit", "Loaded", "UserError", "__version__"),
-    *("adapt", "fit", "load", "merge", "optimizer"),
+    "Budget",
+    "BudgetError",
+    "Fit",
+    "Loaded",
+    "UserError",
+    "__version__",
+    "adapt",
+    "fit",
+    "load",
+    "merge",
+    "optimizer",
 ]
 
 _WHERE = {"fit": "fitting", "Fit": "fitting", "load": "loading", "Loaded": "loading", "optimizer": "optimising"}
