@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
 import statistics
 import sys
@@ -25,7 +23,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read once, when torch first asks for memory
@@ -33,15 +30,14 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read once, when torch firs
 import torch
 from torch import Tensor, nn
 
+from trimtab.catalogue import keep_benchmark
 from trimtab.core.level import Rank
 from trimtab.core.method import method
 from trimtab.engine.train import keep_freed_memory, lean_norms
-from trimtab.evidence import machine, versions
 from trimtab.models.adapter import place
 from trimtab.parts.saving import Codec, Saver
 from trimtab.tasks.training import Prediction
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "adapt.jsonl"
 SIZES: dict[str, Any] = {
     **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     **{"num_key_value_heads": 12, "vocab_size": 8192, "max_position_embeddings": 1024, "tie_word_embeddings": True},
@@ -198,21 +194,11 @@ def main() -> None:
             row["saved_to_peft"] = row["saved_mb"] / peer["saved_mb"]
             row["time_to_peft"] = statistics.median(a / b for a, b in zip(found[name].seconds, turns, strict=True))
     row = {
-        **{"parameters": parameters, "batch": BATCH, "length": LENGTH, "rank": RANK, "recompute": SHARE},
-        **{
-            "turns": len(next(iter(found.values())).seconds),
-            "threads": asked.threads,
-            "contenders": rows,
-            "machine": machine(),
-            "versions": versions(),
-        },
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{"benchmark": "adapt", "parameters": parameters, "batch": BATCH, "length": LENGTH},
+        **{"rank": RANK, "recompute": SHARE},
+        **{"turns": len(next(iter(found.values())).seconds), "threads": asked.threads, "contenders": rows},
     }
-    print(json.dumps(row))
-    if not asked.small:
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with open(RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep_benchmark(row, kept=not asked.small)
 
 
 if __name__ == "__main__":

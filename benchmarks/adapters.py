@@ -14,9 +14,7 @@ and appended to records/benchmarks/adapters.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -31,7 +29,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decode import LARGE, PROMPT, SMALL, Clock, rounded, write_model, write_packed
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "adapters.jsonl"
 USERS, RANK = 8, 16
 MIXED = (8, 16, 32, 64, 8, 16, 32, 64)
 
@@ -105,7 +102,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     asked = parser.parse_args()
 
-    from trimtab.evidence import machine, versions
+    from trimtab.catalogue import keep_benchmark
     from trimtab.kernels.native import native
 
     kernels = native()
@@ -151,14 +148,9 @@ def main() -> None:
     row = {
         **{"benchmark": "adapters", "sizes": sizes, "threads": asked.threads, "users": USERS, "turns": asked.turns},
         **{"variant": kernels.__name__.rpartition("._")[2], "adapter_bytes": ours.bank.pool.nbytes, "found": found},
-        **{"machine": machine(), "versions": versions(), "load_at_start": round(load, 1)},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_at_start": round(load, 1),
     }
-    print(json.dumps(row))
-    if not asked.small:
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with open(RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep_benchmark(row, kept=not asked.small)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ records/benchmarks/cache.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import statistics
 import sys
@@ -27,7 +25,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decode import LARGE, bandwidth, rounded, write_model, write_packed
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "cache.jsonl"
 SIZES: dict[str, Any] = LARGE | {"num_hidden_layers": 4, "max_position_embeddings": 32768}
 CACHES = ("fp16", "kivi4", "kivi2")
 CONTEXTS, SMALL_CONTEXTS = (1024, 4096, 16384), (256, 512)
@@ -76,8 +73,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
 
+    from trimtab.catalogue import keep_benchmark
     from trimtab.engine.session import Runtime
-    from trimtab.evidence import machine, versions
     from trimtab.kernels.native import native
     from trimtab.loading import load
 
@@ -100,14 +97,9 @@ def main() -> None:
     row = {
         **{"benchmark": "cache", "sizes": sizes, "level": "4b/g32", "threads": asked.threads},
         **{"variant": kernels.__name__.rpartition("._")[2], "read_bytes_a_second": rounded(reads)},
-        **{"contexts": found, "machine": machine(), "versions": versions(), "load_at_start": round(load_at_start, 1)},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{"contexts": found, "load_at_start": round(load_at_start, 1)},
     }
-    print(json.dumps(row))
-    if not asked.small:
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with open(RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep_benchmark(row, kept=not asked.small)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ printed and appended to records/benchmarks/decode.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import importlib.util
 import json
@@ -44,7 +43,6 @@ from trimtab.core.level import parse_level
 from trimtab.core.method import Solver, method
 from trimtab.formats.packed import Packed
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "decode.jsonl"
 LARGE: dict[str, Any] = {
     **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     **{"num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 2048},
@@ -377,7 +375,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     asked = parser.parse_args()
 
-    from trimtab.evidence import machine, versions
+    from trimtab.catalogue import keep_benchmark
     from trimtab.kernels.native import native
 
     kernels = native()
@@ -429,14 +427,9 @@ def main() -> None:
         **{"benchmark": "decode", "sizes": sizes, "threads": asked.threads},
         **{"variant": kernels.__name__.rpartition("._")[2], "prompt": PROMPT, "turns": asked.turns},
         **{"read_bytes_a_second": rounded(reads), "tokens_a_second": found},
-        **{"machine": machine(), "versions": versions(), "load_at_start": round(load, 1)},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_at_start": round(load, 1),
     }
-    print(json.dumps(row))
-    if not (asked.small or asked.ours):
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with open(RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep_benchmark(row, kept=not (asked.small or asked.ours))
 
 
 if __name__ == "__main__":

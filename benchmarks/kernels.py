@@ -15,14 +15,11 @@ printed and appended to records/benchmarks/kernels.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +31,6 @@ from trimtab.kernels.native import native
 from trimtab.kernels.weight import kernel_weight
 from trimtab.peers import dynamic_int8
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "kernels.jsonl"
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128, None)
 INPUTS = (1, 4, 8, 16, 32, 128, 512)
 BEYOND = 192 << 20  # bytes of weights that are taken in turn: beyond the last cache
@@ -121,7 +117,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small weight; nothing is recorded")
     asked = parser.parse_args()
 
-    from trimtab.evidence import machine, versions
+    from trimtab.catalogue import keep_benchmark
 
     module = native()
     if module is None:
@@ -134,14 +130,9 @@ def main() -> None:
         **{"shape": shape, "kernels": module.__name__.rpartition("_")[2], "threads": module.threads()},
         "ours": list(ours(module, shape, inputs, seconds)),
         "peers": list(peers(module, shape, inputs, seconds)),
-        **{"machine": machine(), "versions": versions(), "load_at_start": round(load, 1)},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_at_start": round(load, 1),
     }
-    print(json.dumps(row))
-    if not asked.small:
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with open(RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep_benchmark(row, kept=not asked.small)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ the verdict is computed.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -31,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "memory.jsonl"
 PLANS = ("rtn @ 4b/g128", "gptq @ 4b/g128")
 WINDOWS, LENGTH = 4, 128
 ROOM = 500_000_000
@@ -229,7 +227,7 @@ def main() -> None:
         print(json.dumps(run(asked.folder, asked.plan, asked.first_block)))
         return
 
-    from trimtab.evidence import machine, versions
+    from trimtab.catalogue import keep_benchmark
 
     with tempfile.TemporaryDirectory(prefix="trimtab-memory-") as place:
         folder = Path(place)
@@ -244,13 +242,8 @@ def main() -> None:
                 facts["limited"] = f"two blocks: all {look['blocks']} would take {expected / 60:.0f} minutes here"
             found = in_a_process(folder, plan)
             assert found["weights"] == weights, "the map counts other weights than were written"
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            row = {"benchmark": "memory", **facts, **found, "machine": machine(), "versions": versions(), "date": now}
-            print(json.dumps(row))
-            if not asked.small:
-                RECORD.parent.mkdir(parents=True, exist_ok=True)
-                with open(RECORD, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            row = {"benchmark": "memory", **facts, **found}
+            keep_benchmark(row, kept=not asked.small)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ Seconds include the start of Python, and an `fsync` for the floor and for ours.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import shutil
 import statistics
@@ -27,7 +25,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "merge.jsonl"
 LARGE: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 18, "vocab_size": 32000}
 SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1000}
 TUNED = "\n".join(f"  - model: {{{n}}}\n    parameters: {{{{weight: 0.5, density: DENSITY}}}}" for n in ("b", "c"))
@@ -183,6 +180,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keeps the models there, and uses those that it finds")
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
+    from trimtab.catalogue import keep_benchmark
+
     mergekit = given.mergekit or shutil.which("mergekit-yaml")
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
@@ -193,12 +192,7 @@ def main() -> None:
         for name in given.methods.split(","):
             row = compare(name, folder, folders, mergekit, given.rounds)
             row |= {"model_bytes": size, "cores": os.cpu_count()}
-            row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            print(json.dumps(row), flush=True)
-            if not given.small:
-                RECORD.parent.mkdir(parents=True, exist_ok=True)
-                with open(RECORD, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            keep_benchmark({"benchmark": "merge", **row}, kept=not given.small)
 
 
 if __name__ == "__main__":

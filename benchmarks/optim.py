@@ -13,15 +13,12 @@ records/benchmarks/optim.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import importlib.util
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +26,6 @@ from torch import Tensor, nn
 
 import trimtab
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "optim.jsonl"
 WIDTH, INNER, VOCABULARY, BLOCKS = 768, 2944, 8192, 12
 RANK, EVERY = 192, 8  # a quarter of the width; projections are found anew often enough to be seen in a short run
 PEERS = {"apollo": "apollo_torch", "apollo-mini": "apollo_torch", "galore": "galore_torch"}
@@ -80,7 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=17)
     asked = parser.parse_args()
 
-    from trimtab.evidence import machine, versions
+    from trimtab.catalogue import keep_benchmark
 
     load, blocks = os.getloadavg()[0], 2 if asked.small else BLOCKS
     made: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -116,14 +112,9 @@ def main() -> None:
             found[f"ours {name}"]["ratio"] = float(f"{found[f'ours {name}']['seconds'] / peer['seconds']:.3g}")
     row = {
         **{"benchmark": "optim", "blocks": blocks, "rank": RANK, "every": EVERY, "threads": torch.get_num_threads()},
-        **{"found": found, "machine": machine(), "versions": versions(), "load_at_start": round(load, 1)},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{"found": found, "load_at_start": round(load, 1)},
     }
-    print(json.dumps(row))
-    if not asked.small:
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with open(RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep_benchmark(row, kept=not asked.small)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,10 @@ records/benchmarks/price.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-from pathlib import Path
 from typing import Any
 
 from trimtab.catalogue import _module, claim_files
 from trimtab.kernels import profile
-
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "price.jsonl"
 
 
 def line(point: Any) -> str:
@@ -40,7 +35,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="two small models; nothing is recorded")
     asked = parser.parse_args()
 
-    from trimtab.evidence import machine, versions
+    from trimtab.catalogue import keep_benchmark
 
     claim = _module(claim_files()["roofline"])
     device = profile.measure(asked.threads, asked.small, claim.LEVELS)
@@ -50,14 +45,9 @@ def main() -> None:
     row = {
         **{"benchmark": "price", "threads": asked.threads, **{k: float(f"{v:.4g}") for k, v in found.items()}},
         "table": [[float(f"{v:.4g}") if isinstance(v, float) else v for v in point] for point in done],
-        **{"columns": list(claim.Point._fields), "machine": machine(), "versions": versions()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{"columns": list(claim.Point._fields)},
     }
-    print(json.dumps(row))
-    if not asked.small:
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with open(RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep_benchmark(row, kept=not asked.small)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,9 @@ records/benchmarks/speed.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +29,6 @@ from torch import Tensor
 from trimtab.core.level import Int
 from trimtab.core.method import Solver, method
 
-RECORD = Path(__file__).resolve().parent.parent / "records" / "benchmarks" / "speed.jsonl"
 LEVEL = Int(4, 128)
 AGREE = 0.01
 MENUS = [[f"{name}@{level}" for level in ("3b/g64", "4b/g64")] for name in ("rtn", "gptq")]
@@ -150,7 +146,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small weights; nothing is recorded")
     asked = parser.parse_args()
 
-    from trimtab.evidence import machine, versions
+    from trimtab.catalogue import keep_benchmark
 
     shapes = ((256, 256, 2), (256, 1024, 1)) if asked.small else ((2048, 2048, 2), (2048, 8192, 1))
     torch.set_num_threads(1)
@@ -159,14 +155,9 @@ def main() -> None:
         "benchmark": "speed",
         "sweep": [sweep(*shape) for shape in shapes],
         "probing": [probing("pocket-lm", choices, 1 if asked.small else 2) for choices in MENUS],
-        **{"machine": machine(), "versions": versions(), "load_at_start": round(load, 1)},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_at_start": round(load, 1),
     }
-    print(json.dumps(row))
-    if not asked.small:
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with open(RECORD, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    keep_benchmark(row, kept=not asked.small)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import trimtab
 from trimtab.core.errors import UserError
 from trimtab.core.level import parse_level
 from trimtab.core.method import method
+from trimtab.engine import memory
 from trimtab.engine import session as sessions
 from trimtab.engine.program import compile_form
 from trimtab.engine.session import Runtime, Session, Timing, TorchSession, Writer, choose, generate, map_of
@@ -191,21 +192,21 @@ def test_program_that_is_wrong_is_refused(spoilt: str, capsys: pytest.CaptureFix
 @compiled
 def test_what_does_not_fit_into_memory_is_refused_with_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime(make(*MODELS["llama"]))
-    monkeypatch.setattr(sessions, "free_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"needs .* MB, and 1 MB are free: .*ask for a context of at most \d+ tokens"):
         runtime.open(100_000)
-    monkeypatch.setattr(sessions, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
     with pytest.raises(UserError, match="take a smaller artifact or free memory"):
         runtime.open(100)
 
 
 def test_artifact_that_does_not_fit_is_refused_before_it_is_read(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = sum(p.stat().st_size for p in run.artifact.rglob("*"))
-    monkeypatch.setattr(sessions, "free_bytes", lambda: stored + 100)
+    monkeypatch.setattr(memory, "free_bytes", lambda: stored + 100)
     with pytest.raises(UserError, match=r"needs .* are free; load it with packed=True"):
         trimtab.load(run.artifact)
     assert trimtab.load(run.artifact, packed=True).task == "causal-lm"
-    monkeypatch.setattr(sessions, "free_bytes", lambda: stored // 2)
+    monkeypatch.setattr(memory, "free_bytes", lambda: stored // 2)
     with pytest.raises(UserError, match="free some, or fit the model to fewer"):
         trimtab.load(run.artifact, packed=True)
 
@@ -298,7 +299,7 @@ def test_a_packed_cache_takes_a_fraction_and_is_counted(monkeypatch: pytest.Monk
     runtime = Runtime(make(*MODELS["qwen2"]))
     if runtime.form is not None:
         full, packed = (runtime.form.cache_bytes(100_000, 2, CacheFormat.parse(c)) for c in ("fp16", "kivi2"))
-        monkeypatch.setattr(sessions, "free_bytes", lambda: full)
+        monkeypatch.setattr(memory, "free_bytes", lambda: full)
         with pytest.raises(UserError, match="ask for a context of at most"):
             runtime.open(100_000, sequences=2)
         assert packed < full / 3

@@ -559,7 +559,8 @@ def _within(
     import torch
 
     from trimtab.engine.measure import forget_peak, held_bytes, peak_bytes
-    from trimtab.engine.train import keep_freed_memory, training_mode
+    from trimtab.engine.memory import keep_freed_memory
+    from trimtab.engine.train import training_mode
     from trimtab.parts.saving import Saver
 
     keep_freed_memory()

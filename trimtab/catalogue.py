@@ -177,6 +177,25 @@ def about(name: str) -> dict[str, Any]:
     }
 
 
+def keep_benchmark(row: Mapping[str, Any], kept: bool = True) -> None:
+    """Print what a benchmark measured, with machine, versions and date, and append it to the record of its name.
+
+    Args:
+        row: its name as `benchmark`, and what it measured.
+        kept: append it; a try that measures less only prints.
+    """
+    from trimtab.evidence import machine, versions
+
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    text = json.dumps({**row, "machine": machine(), "versions": versions(), "date": now})
+    print(text, flush=True)
+    if kept:
+        target = record_path("benchmarks", row["benchmark"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
 def claim_files() -> dict[str, Path]:
     """Method name -> claim file; the claims lie beside the package in a clone."""
     files = {}

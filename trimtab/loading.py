@@ -268,10 +268,11 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _check_memory(contents: Contents, packed: bool) -> None:
-    from trimtab.engine.session import free_bytes, said_bytes
+    from trimtab.engine import memory
+    from trimtab.engine.session import said_bytes
     from trimtab.models.artifact import folder_bytes
 
-    needed, free = folder_bytes(contents.folder), free_bytes()
+    needed, free = folder_bytes(contents.folder), memory.free_bytes()
     if not packed:
         needed += sum(4 * prod(row["shape"]) for row in contents.manifest["packed"].values())
     if free is not None and needed > free:

@@ -8,7 +8,6 @@ as resident, each costs a fault, and a file that shrinks meanwhile kills the pro
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import queue
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import Journal, writing
+from trimtab.engine.memory import free_bytes, keep_freed_memory
 from trimtab.engine.merge import TILE, Piece, Survey, check_finite, passes_of, tiles
 from trimtab.formats.checkpoint import DTYPES, INDEX, Entry, index_bytes, layout, shard_names
 
@@ -96,7 +96,7 @@ def stream(folder: Path, jobs: Sequence[Job], shard_bytes: int, journal: Journal
         total, left = (sum(job.bytes for job in group) for group in (jobs, todo))
         tell("merging, MB", total - left >> 20, total >> 20)
         if todo:
-            _keep_freed_memory()
+            keep_freed_memory(1 << 26)
             threads = torch.get_num_threads()
             stack.callback(torch.set_num_threads, threads)
             torch.set_num_threads(1)  # the team's threads take a tile each
@@ -198,7 +198,7 @@ class _Stream:
             self.outputs.put(torch.empty(self.span * writes, dtype=torch.uint8))
         self.stopping, self.written = threading.Event(), 0
         self.failure: BaseException | None = None
-        self.crowded = sum(e.stop - e.start for job in jobs for e in job.entries) > _available() // 2
+        self.crowded = sum(e.stop - e.start for job in jobs for e in job.entries) > (free_bytes() or 1 << 62) // 2
         self.committer = ThreadPoolExecutor(1)
         self.team = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
 
@@ -387,17 +387,6 @@ class _Stream:
         self.journal.append(f"tensors {len(self.journal.done)}", {n: self.digests[n] for n in finished})
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep what tiles free for the next ones: given back to the system, every page of it would be faulted in
-    anew, which took as long as the merge itself.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 1 << 26)
-        mallopt(trim_threshold, 1 << 28)
-
-
 def _type(name: str) -> torch.dtype:
     return getattr(torch, DTYPES[name][1])
 
@@ -405,15 +394,6 @@ def _type(name: str) -> torch.dtype:
 def _bytes(buffer: Tensor) -> memoryview:
     """A buffer's memory."""
     return buffer.numpy().data
-
-
-def _available() -> int:
-    """Bytes of memory that can be had without driving anything else out; a great many where nobody says."""
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
 
 
 def _open(path: Path) -> int:

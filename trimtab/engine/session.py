@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.engine import memory
 from trimtab.engine.adapters import MOST, Bank, half
 from trimtab.engine.program import (
     PROOF,
@@ -463,7 +464,7 @@ def check_memory(form: Form, weights: Weights, context: int, sequences: int, mad
     Raises:
         UserError: it says how much is needed, and what would fit.
     """
-    free = free_bytes()
+    free = memory.free_bytes()
     if free is None:
         return
     weight = 0 if made else weights.nbytes(form.sites)
@@ -474,15 +475,6 @@ def check_memory(form: Form, weights: Weights, context: int, sequences: int, mad
     fits = bisect_right(range(context), free - weight, key=lambda n: form.cache_bytes(n, sequences, stored)) - 1
     cure = f"ask for a context of at most {fits} tokens" if fits >= 64 else "take a smaller artifact or free memory"
     raise UserError(f"the model needs {said_bytes(weight + cache)}, and {said_bytes(free)} are free: {parts}; {cure}")
-
-
-def free_bytes() -> int | None:
-    """Memory that can be had without swapping, or None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
 
 
 def said_bytes(count: int) -> str:

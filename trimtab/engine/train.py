@@ -8,7 +8,6 @@ whole or absent; the last good one stays until the next is on disk.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import time
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import Journal, write_atomic, writing
+from trimtab.engine.memory import keep_freed_memory
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.parts.norms import rms_norm, rms_norms
 from trimtab.parts.saving import Codec, Saver
@@ -99,17 +99,6 @@ class Trained:
     log: list[dict[str, Any]] = field(default_factory=list)
     saved_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed: a training asks for the same sizes step after step, and pages that go
-    back to the system have to be fetched and cleared anew. A library without these switches is left as it is.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-        library.mallopt(-2, 1 << 26)  # M_TOP_PAD: the heap grows by 64 MB at a time
 
 
 def order(items: int, batch: int, step: int, seed: int) -> Tensor:
