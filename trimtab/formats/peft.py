@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+LENGTHS = ".lora_magnitude_vector"
 PLAIN = {  # settings that make an adapter more than W + scale * B A, and what they are where it is no more than that
     **{"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "layer_replication": None},
     **{"trainable_token_indices": None, "target_parameters": None, "use_qalora": False},
@@ -28,11 +29,13 @@ class Adapter:
         factors: path of the linear -> (down `[rank, in]`, up `[out, rank]` times the scale), fp32.
         name: where it came from.
         config: its configuration.
+        lengths: path -> lengths `[out]` that the rows of the sum are scaled to, of DoRA.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     name: str
     config: dict[str, Any]
+    lengths: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -40,8 +43,11 @@ class Adapter:
         return max(len(down) for down, _ in self.factors.values())
 
 
-def read_adapter(folder: Path | str) -> Adapter:
+def read_adapter(folder: Path | str, dora: bool = False) -> Adapter:
     """A LoRA adapter of PEFT, `W + scale * B A` with scale alpha / r, or alpha / sqrt(r) of rank-stabilised ones.
+
+    Args:
+        dora: take lengths of rows as well, which are more than a correction that is added.
 
     Raises:
         UserError: it is no adapter, damaged, holds NaN, or is more than a low-rank correction of linears.
@@ -49,11 +55,15 @@ def read_adapter(folder: Path | str) -> Adapter:
     from trimtab.formats.checkpoint import Checkpoint
 
     folder = Path(folder).expanduser()
-    config = _config(folder)
+    config = _config(folder, dora)
     checkpoint = Checkpoint(folder / WEIGHTS)
     checkpoint.check_finite()
     halves: dict[str, dict[str, Tensor]] = {}
+    lengths: dict[str, Tensor] = {}
     for name in checkpoint.names():
+        if dora and name.endswith(LENGTHS):
+            lengths[name.removeprefix(PREFIX).removesuffix(LENGTHS)] = checkpoint.read(name).float()
+            continue
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
         if found is None:
             raise UserError(
@@ -68,10 +78,10 @@ def read_adapter(folder: Path | str) -> Adapter:
         if down is None or up is None or down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
             raise UserError(f"{folder} is damaged: the factors of {path} do not fit together; download it again")
         factors[path] = down, up * _scale(config, path, len(down))
-    return Adapter(factors, str(folder), config)
+    return Adapter(factors, str(folder), config, lengths)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path, dora: bool) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} is no adapter: it needs {CONFIG} and {WEIGHTS}, as PEFT saves them")
@@ -83,6 +93,8 @@ def _config(folder: Path) -> dict[str, Any]:
     if not sound or str(config.get("peft_type")).upper() != "LORA":
         raise UserError(f"{folder} is an adapter of type {config.get('peft_type') if sound else '?'}; LORA runs here")
     for key, plain in PLAIN.items():
+        if key == "use_dora" and dora:
+            continue
         if config.get(key, plain) not in (plain, None, []):
             raise UserError(
                 f"{folder} has {key}={config[key]!r}, which is more than a low-rank correction; merge it instead"

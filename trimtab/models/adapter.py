@@ -26,14 +26,12 @@ from trimtab.core.errors import UserError
 from trimtab.core.journal import commit_folder, write_atomic, writing
 from trimtab.core.level import parse_level
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
+from trimtab.formats.peft import CONFIG, LENGTHS, PREFIX, WEIGHTS, read_adapter
 from trimtab.parts.frozen import Frame, Frozen
 from trimtab.parts.lowrank_delta import LowRank
 
 FORMAT = 1
-ABOUT, CONFIG, TENSORS, DELTA = (
-    *("trimtab_adapter.json", "adapter_config.json", "adapter_model.safetensors", "delta.safetensors"),
-)
-PREFIX = "base_model.model."
+ABOUT, DELTA = "trimtab_adapter.json", "delta.safetensors"
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "embedding": "FEATURE_EXTRACTION"}
 
 
@@ -82,7 +80,7 @@ def write_adapter(folder: Path, model: nn.Module, about: Mapping[str, Any], base
                 lengths = any(pair is not None and pair[2] is not None for pair in pairs.values())
                 config = _config(model, found, ranks, lengths, base, task)
                 write_atomic(temporary / CONFIG, lambda p: p.write_text(json.dumps(config, indent=2), "utf-8"))
-                write_safetensors(dict(_peft(pairs)), temporary / TENSORS)
+                write_safetensors(dict(_peft(pairs)), temporary / WEIGHTS)
             else:
                 write_safetensors(dict(_plain(found)), temporary / DELTA)
             entry = {"format": FORMAT, **about, "sites": list(found), "peft": len(ranks) == len(found)}
@@ -99,7 +97,7 @@ def _peft(pairs: Mapping[str, Any]) -> Any:
         yield f"{PREFIX}{path}.lora_A.weight", a.contiguous()
         yield f"{PREFIX}{path}.lora_B.weight", b.contiguous()
         if lengths is not None:
-            yield f"{PREFIX}{path}.lora_magnitude_vector", lengths.contiguous()
+            yield f"{PREFIX}{path}{LENGTHS}", lengths.contiguous()
 
 
 def _plain(found: Mapping[str, Frame]) -> Any:
@@ -170,27 +168,18 @@ def attach(model: nn.Module, folder: Path, base_hash: str | None = None, force: 
 
 
 def _attach_pair(model: nn.Module, folder: Path) -> nn.Module:
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is a PEFT adapter of type {config.get('peft_type')!r}, and only LORA is taken")
-    file = Checkpoint(folder / TENSORS)
-    ends = (".lora_A.weight", ".lora_B.weight")
-    paths = [n.removeprefix(PREFIX).removesuffix(ends[0]) for n in file.names() if n.endswith(ends[0])]
-    for path in paths:
+    adapter = read_adapter(folder, dora=True)
+    for path, (a, b) in adapter.factors.items():
         module = _module(model, path, folder)
-        a, b = (file.read(f"{PREFIX}{path}{end}").float().clone() for end in ends)
         base = Frozen(module)
         if a.shape[1:] != (base.in_features,) or b.shape != (base.out_features, len(a)):
             raise UserError(
                 f"{folder}: the factors of {path} are {tuple(b.shape)} and {tuple(a.shape)}, and the model's matrix is "
                 f"{base.out_features} x {base.in_features}: the adapter is of another model"
             )
-        alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
-        scale = alpha / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
-        name = f"{PREFIX}{path}.lora_magnitude_vector"
-        frame = LowRank(module, a, b, scale, magnitude=name in file)
+        frame = LowRank(module, a.clone(), b.clone(), 1.0, magnitude=path in adapter.lengths)
         if frame.magnitude is not None:
-            frame.magnitude.data.copy_(file.read(name))
+            frame.magnitude.data.copy_(adapter.lengths[path])
         place(model, path, frame)
     return model
 
