@@ -479,10 +479,8 @@ class _Job:
             except UserError:  # one that cannot be had at this level is not chosen
                 losses[name] = float("inf")
             finally:
-                from trimtab.models.adapter import place
-
                 for path, module in originals.items():
-                    place(base.model, path, module)
+                    base.model.set_submodule(path, module)
             self.progress("try methods", i + 1, len(AUTO))
         best = min(losses, key=lambda k: losses[k])
         data.notes.append(
@@ -497,8 +495,6 @@ def wrap_all(base: Base, data: Material, sites: Sequence[Site], chosen: Wrapper,
     Raises:
         UserError: the level does not fit a site, which the message names.
     """
-    from trimtab.models.adapter import place
-
     for p in base.model.parameters():
         p.requires_grad_(False)
     stats = collect(base, data, sites, chosen.needs(), seed)
@@ -510,7 +506,7 @@ def wrap_all(base: Base, data: Material, sites: Sequence[Site], chosen: Wrapper,
         except UserError as error:
             raise UserError(f"{site.path}: {error}") from error
     for path, module in made.items():
-        place(base.model, path, module)
+        base.model.set_submodule(path, module)
 
 
 def scored(model: nn.Module, data: Material) -> Scores:

@@ -394,16 +394,12 @@ def map_of(model: nn.Module) -> ModelMap:
     packed = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     try:
         for path, module in packed.items():
-            _put(model, path, nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta"))
+            stand_in = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
+            model.set_submodule(path, stand_in)
         return trace(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)})
     finally:
         for path, module in packed.items():
-            _put(model, path, module)
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, key = path.rpartition(".")
-    setattr(model.get_submodule(parent), key, module)
+            model.set_submodule(path, module)
 
 
 @torch.no_grad()

@@ -40,12 +40,6 @@ def frames(model: nn.Module) -> dict[str, Frame]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Frame)}
 
 
-def place(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module where a path names another."""
-    parent, _, key = path.rpartition(".")
-    setattr(model.get_submodule(parent), key, module)
-
-
 def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into a plain linear, in place.
 
@@ -57,7 +51,7 @@ def merge(model: nn.Module) -> nn.Module:
             merged = frame.merged()
         except NotImplementedError:
             raise UserError(f"{path} is adapted by a method that cannot be merged; serve it as an adapter") from None
-        place(model, path, merged)
+        model.set_submodule(path, merged)
     return model
 
 
@@ -180,7 +174,7 @@ def _attach_pair(model: nn.Module, folder: Path) -> nn.Module:
         frame = LowRank(module, a.clone(), b.clone(), 1.0, magnitude=path in adapter.lengths)
         if frame.magnitude is not None:
             frame.magnitude.data.copy_(adapter.lengths[path])
-        place(model, path, frame)
+        model.set_submodule(path, frame)
     return model
 
 
@@ -200,7 +194,7 @@ def _attach_delta(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> n
         _, unknown = frame.load_state_dict(mine, strict=False)
         if unknown:
             raise UserError(f"{folder} holds {unknown[0]} for {path}, which {about['method']} does not know")
-        place(model, path, frame)
+        model.set_submodule(path, frame)
     return model
 
 

@@ -264,8 +264,7 @@ def _stay_packed(model: nn.Module, contents: Contents) -> None:
         module = model.get_submodule(path)
         if type(module) is nn.Linear and counts[id(module.weight)] == 1:
             bias = contents.read(f"{path}.bias").float() if f"{path}.bias" in contents.dense else None
-            parent, _, key = path.rpartition(".")
-            setattr(model.get_submodule(parent), key, PackedLinear(reader(), bias))
+            model.set_submodule(path, PackedLinear(reader(), bias))
 
 
 def use_kernels(model: nn.Module, contents: Contents) -> None:
@@ -277,8 +276,7 @@ def use_kernels(model: nn.Module, contents: Contents) -> None:
         sparse = isinstance(parse_level(contents.manifest["packed"][name]["level"]), Sparse | NM)
         found = stand_in(model.get_submodule(path), reader()) if sparse and parameter == "weight" else None
         if found is not None:
-            parent, _, key = path.rpartition(".")
-            setattr(model.get_submodule(parent), key, found.eval())
+            model.set_submodule(path, found.eval())
 
 
 def make_skeleton(contents: Contents) -> nn.Module:
