@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.core.errors import UserError
 from trimtab.core.method import Card, Optimiser
-from trimtab.parts.moments import adam, begin, gaussian, moment_bytes, narrowed, scaled
+from trimtab.parts.moments import adam, at_least_one, begin, gaussian, moment_bytes, narrowed, scaled
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,7 @@ class APOLLO(Optimiser):
         """Moments of the projected gradient, and the length of the last direction; Adam's own where it is no larger
         matrix than the rank.
         """
-        if self.rank < 1 or self.every < 1:
-            raise UserError(
-                f"apollo was given rank={self.rank} and every={self.every} for a parameter of shape "
-                f"{tuple(param.shape)}; both are 1 or more"
-            )
+        at_least_one("apollo", param, rank=self.rank, every=self.every)
         shape = narrowed(tuple(param.shape), self.rank)
         return begin(shape, param) | {"length": -1.0} if shape else begin(tuple(param.shape), param)
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.core.errors import UserError
 from trimtab.core.method import Card, Optimiser
-from trimtab.parts.moments import adam, begin, gaussian, moment_bytes, narrowed, scaled
+from trimtab.parts.moments import adam, at_least_one, begin, gaussian, moment_bytes, narrowed, scaled
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,7 @@ class APOLLOMini(Optimiser):
 
     def init(self, param: Tensor) -> dict[str, Any]:
         """Moments of the projected gradient, and the length of the last direction; Adam's own of vectors."""
-        if self.every < 1:
-            raise UserError(
-                f"apollo-mini was given every={self.every} for a parameter of shape {tuple(param.shape)}; it is 1 or "
-                "more"
-            )
+        at_least_one("apollo-mini", param, every=self.every)
         shape = narrowed(tuple(param.shape), 1)
         return begin(shape, param) | {"length": -1.0} if shape else begin(tuple(param.shape), param)
 

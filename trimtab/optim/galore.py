@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.errors import UserError
 from trimtab.core.method import Card, Optimiser
-from trimtab.parts.moments import adam, begin, leading, lift, moment_bytes, narrowed, project
+from trimtab.parts.moments import adam, at_least_one, begin, leading, lift, moment_bytes, narrowed, project
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,7 @@ class GaLore(Optimiser):
 
     def init(self, param: Tensor) -> dict[str, Any]:
         """Moments of the projected gradient, and the basis; Adam's own where it is no larger matrix than the rank."""
-        if self.rank < 1 or self.every < 1:
-            raise UserError(
-                f"galore was given rank={self.rank} and every={self.every} for a parameter of shape "
-                f"{tuple(param.shape)}; both are 1 or more"
-            )
+        at_least_one("galore", param, rank=self.rank, every=self.every)
         shape = narrowed(tuple(param.shape), self.rank)
         if shape is None:
             return begin(tuple(param.shape), param)

@@ -9,7 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.errors import UserError
+
 State = dict[str, Any]
+
+
+def at_least_one(name: str, param: Tensor, **numbers: int) -> None:
+    """Refuse numbers of a method below 1.
+
+    Raises:
+        UserError: it names the method, the numbers and the parameter's shape.
+    """
+    if min(numbers.values()) < 1:
+        said = " and ".join(f"{key}={value}" for key, value in numbers.items())
+        raise UserError(
+            f"{name} was given {said} for a parameter of shape {tuple(param.shape)}; "
+            f"{'both are' if len(numbers) > 1 else 'it is'} 1 or more"
+        )
 
 
 def begin(shape: tuple[int, ...], like: Tensor) -> State:
