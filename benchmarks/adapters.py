@@ -19,7 +19,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.decode import LARGE, PROMPT, SMALL, Clock, rounded, write_model, write_packed
+from benchmarks.decode import LARGE, PROMPT, SMALL, Clock, rounded, step_seconds, write_model, write_packed
 
 USERS, RANK = 8, 16
 MIXED = (8, 16, 32, 64, 8, 16, 32, 64)
@@ -60,12 +59,7 @@ class Ours:
             self.writer.use(sequence, user)
             self.writer.forget(sequence)
             self.writer.extend(sequence, prompt)
-        spent, tokens = [], dict.fromkeys(range(len(users)), 1)
-        for _ in range(steps):
-            start = time.perf_counter()
-            tokens = dict(enumerate(self.writer.step(tokens).numpy().argmax(1).tolist()))
-            spent.append(time.perf_counter() - start)
-        return spent
+        return step_seconds(self.writer, len(users), steps)
 
 
 class Peft:

@@ -111,6 +111,16 @@ def write_packed(source: Path, folder: Path, text: str) -> int:
 # ---- the engines
 
 
+def step_seconds(writer: Any, batch: int, steps: int) -> list[float]:
+    """Seconds of each step of as many sequences, whose prompts were read."""
+    spent, tokens = [], dict.fromkeys(range(batch), 1)
+    for _ in range(steps):
+        start = time.perf_counter()
+        tokens = dict(enumerate(writer.step(tokens).numpy().argmax(1).tolist()))
+        spent.append(time.perf_counter() - start)
+    return spent
+
+
 class Ours:
     """The compiled program at one level."""
 
@@ -135,12 +145,7 @@ class Ours:
         for sequence in range(batch):
             self.writer.forget(sequence)
             self.writer.extend(sequence, prompt.tolist())
-        spent, tokens = [], dict.fromkeys(range(batch), 1)
-        for _ in range(steps):
-            start = time.perf_counter()
-            tokens = dict(enumerate(self.writer.step(tokens).numpy().argmax(1).tolist()))
-            spent.append(time.perf_counter() - start)
-        return spent
+        return step_seconds(self.writer, batch, steps)
 
     def profile(self, work: Callable[[], Any]) -> dict[str, float]:
         """Share of the time of each kind of operation."""
