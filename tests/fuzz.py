@@ -4,7 +4,7 @@ Inputs grow from sound ones. With atheris installed (the extra `fuzz`) its cover
 it, and under the sanitizers, they are changed at random. What breaks is kept, and running that file again repeats it.
 
     python tests/fuzz.py                          # every target, a minute in all
-    python tests/fuzz.py gguf weights --seconds 600
+    python tests/fuzz.py gguf weights --seconds 600 --seed 7
     python tests/fuzz.py gguf --input broken.bin
 """
 
@@ -238,9 +238,9 @@ def changed(data: bytes, rng: random.Random) -> bytes:
     return bytes(found)
 
 
-def at_random(name: str, seeds: list[bytes], one: Target, seconds: float, kept: Path) -> int:
+def at_random(name: str, seeds: list[bytes], one: Target, seconds: float, seed: int, kept: Path) -> int:
     """Change seeds at random until the time is over; how many were tried."""
-    rng, end, count = random.Random(0), time.monotonic() + seconds, 0
+    rng, end, count = random.Random(seed), time.monotonic() + seconds, 0
     while time.monotonic() < end:
         data = changed(rng.choice(seeds), rng) if count >= len(seeds) else seeds[count]
         count += 1
@@ -254,9 +254,10 @@ def at_random(name: str, seeds: list[bytes], one: Target, seconds: float, kept: 
     return count
 
 
-def guided(name: str, seconds: float, kept: Path) -> None:
+def guided(name: str, seconds: float, seed: int, kept: Path) -> None:
     """Have atheris guide the changes, in a process of its own, which it ends itself."""
-    limits = ["-rss_limit_mb=6000", "-timeout=60", "-max_len=300000", f"-max_total_time={max(1, int(seconds))}"]
+    limits = ["-rss_limit_mb=6000", "-timeout=60", "-max_len=300000", f"-seed={seed}"]
+    limits.append(f"-max_total_time={max(1, int(seconds))}")
     with tempfile.TemporaryDirectory() as corpus:
         line = [sys.executable, __file__, name, GUIDED, corpus, *limits, f"-artifact_prefix={kept}/{name}-"]
         done = subprocess.run(line, capture_output=True, text=True)
@@ -281,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="all where none is named")
     parser.add_argument("--seconds", type=float, default=60, help="in all")
+    parser.add_argument("--seed", type=int, default=1, help="of the changes")
     parser.add_argument("--random", action="store_true", help="change at random even where atheris is installed")
     parser.add_argument("--input", type=Path, help="try this one input of the one target")
     parser.add_argument(GUIDED, type=Path, help=argparse.SUPPRESS)
@@ -299,10 +301,10 @@ def main() -> None:
                 if asked.input:
                     tried(one, asked.input.read_bytes())
                     continue
-                count = at_random(name, seeds, one, asked.seconds / len(names), kept)
+                count = at_random(name, seeds, one, asked.seconds / len(names), asked.seed, kept)
             print(f"{name}: {count} inputs changed at random, none broke it", flush=True)
         else:
-            guided(name, asked.seconds / len(names), kept)
+            guided(name, asked.seconds / len(names), asked.seed, kept)
     kept.rmdir()
 
 

@@ -266,6 +266,8 @@ def test_what_is_packed_has_no_flaw(text: str, shape: Shape) -> None:
         ("nvfp4", "scale", 127, "NaN in `scale` (e4m3)"),
         ("nvfp4+r2", "scale", 200, "NaN in `scale` (e4m3)"),
         ("nvfp4", "matrix_scale", float("inf"), "infinite values in `matrix_scale`"),
+        ("nvfp4", "matrix_scale", -1.7e38, "a `matrix_scale` of -1.7e+38"),
+        ("nvfp4", "matrix_scale", 1e38, "a `matrix_scale` of 1e+38"),
         ("4b/g32", "scale", float("nan"), "NaN or infinite values in `scale`"),
         ("4b/g32+r2", "extra_left", float("inf"), "NaN or infinite values in `extra_left`"),
         ("vq/d4/k16", "book", float("nan"), "NaN or infinite values in `book`"),

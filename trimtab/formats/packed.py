@@ -81,6 +81,8 @@ class Packed:
                 level.scale in _LAST_SCALE and self.tensors["scale"].max() > _LAST_SCALE[level.scale]
             ):
                 return f"codes of NaN in `scale` ({level.scale})"
+            case Int() | Float() if level.scale == "e4m3" and not _is_sane(float(self.tensors["matrix_scale"])):
+                return f"a `matrix_scale` of {float(self.tensors['matrix_scale']):g}"
             case Float() if int((self.tensors["codes"] & 127).max()) >= _FP8.get((level.e, level.m), 128):
                 return f"codes of NaN or infinity in `codes` (e{level.e}m{level.m})"
             case NM():
@@ -98,6 +100,11 @@ class Packed:
         """The vector that corrects the mean of the output, where the level stores one."""
         stored = self.tensors.get("bias")
         return None if stored is None else stored.float()
+
+
+def _is_sane(matrix_scale: float) -> bool:
+    """Whether a matrix's scale is positive, no subnormal, and leads with a scale of 448 to no weight beyond fp32."""
+    return torch.finfo(torch.float32).tiny <= matrix_scale <= 1e34
 
 
 def _is_finite(tensor: Tensor) -> bool:
