@@ -48,14 +48,22 @@ struct Layout {
       pieces = ceil(this->group, block);
       spans = (groups - 1) * pieces + ceil(cols - (groups - 1) * this->group, block);
     } else {
-      join = std::clamp(32 / this->group, 1, groups);
       block = 4 * ceil(this->group, 4);
+      join = joined(this->group, block, groups);
       spans = ceil(groups, join);
     }
     vectors = chunk * ceil(join * block / 4, chunk);
   }
 
   static int ceil(int a, int b) { return (a + b - 1) / b; }
+
+  // Groups that fill 32 columns or, if they leave no rest, up to 128 stored ones; at least one.
+  static int joined(int group, int block, int groups) {
+    const int least = std::clamp(32 / group, 1, groups);
+    for (int join = std::min(128 / block, groups); join > least; --join)
+      if (groups % join == 0) return join;
+    return least;
+  }
 
   // The columns [first, first + count) of group j of a span; none behind the matrix's end.
   struct Columns { int first, count; };
@@ -70,10 +78,10 @@ struct Layout {
   // Which of a row's scales that group has.
   int group_of(int span, int j) const { return pieces == 1 ? span * join + j : span / pieces; }
 
-  // Scales and zero points come before the codes of a run: one large group, or the groups of four spans, which fill
-  // cache lines.
-  int run_spans() const { return pieces == 1 ? 4 : pieces; }
-  int run_groups() const { return pieces == 1 ? 4 * join : 1; }
+  // Scales and zero points come before the codes of a run: one large group, or the groups of one span or four, which
+  // fill cache lines.
+  int run_spans() const { return pieces > 1 ? pieces : join < 4 ? 4 : 1; }
+  int run_groups() const { return pieces > 1 ? 1 : run_spans() * join; }
   int scale_bytes() const { return scale == Scale::kHalf ? 2 : 1; }
   // Of one tile.
   size_t head_bytes() const {

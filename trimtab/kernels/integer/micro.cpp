@@ -19,9 +19,10 @@ void micro(const Layout& layout, const Panel& panel, const Expanded& w, int from
   const uint8_t* codes = w.codes;
   const float* group_scale = w.scale;
   const int32_t* zero = w.zero;
+  alignas(64) float part[inputs * tiles * kRows];  // of the groups of a span, before the scale of the inputs
   for (int span = from; span < to; ++span, scale += inputs) {
     for (int j = 0; j < layout.join; ++j) {
-      // The sums in `out` stay in memory: kept in registers from one group to the next they would displace `acc`.
+      // These and the sums in `out` stay in memory: kept in registers from one group to the next they would displace `acc`.
       asm volatile("" ::: "memory");
       Ints acc[inputs][tiles];
       unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
@@ -49,13 +50,32 @@ void micro(const Layout& layout, const Panel& panel, const Expanded& w, int from
       } while (--v > 0);
       Floats by[tiles];
       unrolled<tiles>([&](auto t) __attribute__((always_inline)) { by[t] = simd::load(group_scale + t * kRows); });
-      unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
-        const Floats x = simd::floats(scale[i]);
-        unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
-          float* sum = out + (i * tiles + t) * kRows;
-          simd::store(sum, simd::fma(simd::to_floats(acc[i][t]), simd::mul(by[t], x), simd::load(sum)));
+      // One group: its sums by both scales; of several the first begins the parts, and the last ends them.
+      const auto each = [&](auto work) __attribute__((always_inline)) {
+        unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
+          const Floats x = simd::floats(scale[i]);
+          unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
+            work((i * tiles + t) * kRows, simd::to_floats(acc[i][t]), by[t], x);
+          });
         });
-      });
+      };
+      if (layout.join == 1) {
+        each([&](int at, Floats sum, Floats by, Floats x) __attribute__((always_inline)) {
+          simd::store(out + at, simd::fma(sum, simd::mul(by, x), simd::load(out + at)));
+        });
+      } else if (j == 0) {
+        each([&](int at, Floats sum, Floats by, Floats) __attribute__((always_inline)) {
+          simd::store(part + at, simd::mul(sum, by));
+        });
+      } else if (j + 1 < layout.join) {
+        each([&](int at, Floats sum, Floats by, Floats) __attribute__((always_inline)) {
+          simd::store(part + at, simd::fma(sum, by, simd::load(part + at)));
+        });
+      } else {
+        each([&](int at, Floats sum, Floats by, Floats x) __attribute__((always_inline)) {
+          simd::store(out + at, simd::fma(simd::fma(sum, by, simd::load(part + at)), x, simd::load(out + at)));
+        });
+      }
       minus += inputs, group_scale += tiles * kRows, zero += tiles * kRows;
     }
     q += static_cast<size_t>(pad) * inputs, codes += pad * tiles * kVector;

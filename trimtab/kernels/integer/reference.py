@@ -16,7 +16,7 @@ from trimtab.formats.bitstream import unpack_bits
 from trimtab.formats.minifloat import magnitudes
 from trimtab.formats.packed import Packed, hadamard_blocks, load_scale
 
-MOST, PIECE, LEAST = 256, 128, 32  # columns whose inputs share a scale: at most; of cut groups; of joined groups
+MOST, PIECE, LEAST = 256, 128, 32  # columns whose inputs share a scale: at most; of cut or joined groups; at least
 _AT_ONCE = 1 << 24  # products of a group kept at a time
 
 
@@ -39,7 +39,7 @@ class Spans:
 
     Fields:
         group: columns that share a scale of the weight.
-        join: groups that share a scale of the inputs: small ones, up to 32 columns.
+        join: groups that share a scale of the inputs: small ones, 32 columns, or up to 128 where they leave no rest.
         pieces: spans of a group: one of more than 256 columns is cut into equal parts of about 128.
         block: columns of a group, or of a piece, rounded up to a multiple of 4.
     """
@@ -56,7 +56,10 @@ class Spans:
         if group > MOST:
             block = 4 * ceil(group / (4 * ceil(group / PIECE)))
             return cls(group, 1, ceil(group / block), block)
-        return cls(group, min(max(LEAST // group, 1), ceil(cols / group)), 1, 4 * ceil(group / 4))
+        groups, block = ceil(cols / group), 4 * ceil(group / 4)
+        least, most = min(max(LEAST // group, 1), groups), min(PIECE // block, groups)
+        join = next((j for j in range(most, least, -1) if groups % j == 0), least)
+        return cls(group, join, 1, block)
 
     def places(self, cols: int) -> Tensor:
         """Columns `[spans, join, block]`; `cols` stands for a place that holds none."""

@@ -10,7 +10,7 @@ namespace {
 using simd::Bytes, simd::Floats, simd::Ints, simd::unrolled;
 
 // Sums of one input side by side, so that an instruction need not wait for the one before.
-constexpr int sums_of(int inputs) { return inputs * kTiles >= 8 ? 1 : inputs * kTiles >= 4 ? 2 : 4; }
+constexpr int sums_of(int inputs) { return inputs * kTiles >= 8 ? 1 : 2; }
 // Vectors of a tile that one turn of the inner loop takes.
 constexpr int step_of(int bits) { return std::max(chunk_of(bits), 4); }
 
