@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Said
+from conftest import Said, artifact_of
 from test_session import BASE, MODELS, compiled, error, make
 from torch import Tensor
 
@@ -17,8 +17,10 @@ import trimtab
 from trimtab.core.errors import UserError
 from trimtab.engine.adapters import half
 from trimtab.engine.session import Runtime, map_of
-from trimtab.formats.checkpoint import write_safetensors
+from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.formats.peft import CONFIG, PREFIX, WEIGHTS, Adapter, read_adapter
+from trimtab.models.adapter import ABOUT, check_base
+from trimtab.models.source import open_source
 
 
 @pytest.fixture(autouse=True)
@@ -210,3 +212,20 @@ def test_text_is_written_through_an_adapter(tmp_path: Path, cli: Any) -> None:
     assert said.code == 0 and said.json()["text"] == changed
     wrong = cli("run", "pocket", "--prompt", "import os", "--adapter", tmp_path)
     assert wrong.code == 2 and "is no adapter" in wrong.err
+    (folder / ABOUT).write_text('{"hash": "0123456789abcdef"}')
+    line = ("run", "pocket", "--prompt", "import os", "--tokens", "12", "--adapter", folder, "--json")
+    wrong = cli(*line)
+    assert wrong.code == 2 and "was trained on a model of hash 0123456789abcdef" in wrong.err
+    assert cli(*line, "--force").json()["text"] == changed
+
+
+def test_an_adapter_of_the_original_or_of_the_artifact_is_taken_by_the_artifact(tmp_path: Path) -> None:
+    home = artifact_of("pocket", "rtn @ 4b/g32", tmp_path / "artifact")
+    loaded = trimtab.load(home, packed=True)
+    folder = write(tmp_path / "adapter", {})
+    for known in (Checkpoint(home).hash()[:16], open_source("pocket").hash):
+        (folder / ABOUT).write_text(json.dumps({"hash": known}))
+        check_base(folder, loaded.hashes)
+    (folder / ABOUT).write_text(json.dumps({"hash": "0" * 16}))
+    with pytest.raises(UserError, match="insist with --force"):
+        check_base(folder, loaded.hashes)

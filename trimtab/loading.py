@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -41,6 +41,7 @@ class Loaded:
         proved: is told the form of the program that writes its text, once that has proved itself.
         runtime: what opens sessions of it; None: made from the module when it is needed.
         bank: its adapters, or None.
+        hashes: those of its weights, and of the model that it was fitted from: an adapter of either fits.
     """
 
     make: Callable[[], nn.Module]
@@ -56,6 +57,7 @@ class Loaded:
     proved: Callable[[Form], object] = lambda form: None
     runtime: Runtime | Kept | None = None
     bank: Bank | None = None
+    hashes: Callable[[], Collection[str]] = tuple
     _writer: Writer | None = None
 
     @cached_property
@@ -109,17 +111,23 @@ class Loaded:
         """The text that goes on from the prompt; see `stream` for the options."""
         return "".join(self.stream(prompt, tokens, **options))
 
-    def add_adapter(self, name: str, folder: str | Path) -> None:
+    def add_adapter(self, name: str, folder: str | Path, *, force: bool = False) -> None:
         """Take in a LoRA adapter in PEFT's format, for texts to be written through; never merged into the weights.
+
+        Args:
+            force: take it in although it was trained on another model.
 
         Raises:
             UserError: it is no such adapter, or one of another model.
         """
         from trimtab.formats.peft import read_adapter
+        from trimtab.models.adapter import check_base
 
         if self.task != "causal-lm":
             raise UserError(f"{self.name} is for {self.task}; adapters are for causal language models")
         adapter = read_adapter(folder)
+        if not force:
+            check_base(Path(folder), self.hashes)
         if self.bank is None:
             self.bank, self._writer = self._opened().bank(), None
         self.bank.add(name, adapter)
@@ -224,7 +232,7 @@ def _load(path: str | Path, model: str | None, packed: bool, kernels: bool) -> L
             return loaded
         source = open_source(str(path))
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
-        return _loaded(source.materialise(), tokenizer, source.task, source.name)
+        return _loaded(source.materialise(), tokenizer, source.task, source.name, hashes=lambda: (source.hash,))
     contents = open_artifact(path)
     _check_memory(contents, packed)
     task = contents.manifest["task"]
@@ -232,11 +240,13 @@ def _load(path: str | Path, model: str | None, packed: bool, kernels: bool) -> L
     if key and (form := kept(key)) is not None:
         runtime = Kept(form, Weights(native(), ContentsStore(contents), form.matrices))
         make, tokenizer = partial(build, contents, packed=packed), partial(_tokenizer, contents.folder)
-        return Loaded(make, tokenizer, task, str(path), contents.packed, packed, runtime=runtime)
+        known = partial(_hashes, contents)
+        return Loaded(make, tokenizer, task, str(path), contents.packed, packed, runtime=runtime, hashes=known)
     module = build(contents, open_source(model).skeleton if model else None, packed=packed)
     if kernels and task != "causal-lm":
         use_kernels(module, contents)
     loaded = _loaded(module, _tokenizer(contents.folder), task, str(path), packed=contents.packed, share=packed)
+    loaded.hashes = partial(_hashes, contents)
     if key:
         loaded.proved = partial(keep, key)
     return loaded
@@ -244,6 +254,13 @@ def _load(path: str | Path, model: str | None, packed: bool, kernels: bool) -> L
 
 def _loaded(module: nn.Module, tokenizer: Any, *rest: Any, **options: Any) -> Loaded:
     return Loaded(lambda: module, lambda: tokenizer, *rest, **options)
+
+
+def _hashes(contents: Contents) -> set[str]:
+    """What an adapter says of its base when it was trained on an artifact, or on what that was fitted from."""
+    from trimtab.formats.checkpoint import Checkpoint
+
+    return {Checkpoint(contents.folder).hash()[:16], contents.manifest["source"].get("hash")} - {None}
 
 
 def _key(contents: Contents) -> str | None:

@@ -27,6 +27,7 @@ def command(
         str, typer.Option(help="how keys and values are stored: fp16, bf16, fp32, kivi4 or kivi2")
     ] = "fp16",
     adapter: Annotated[str | None, typer.Option(help="folder of a LoRA adapter as PEFT saves it")] = None,
+    force: Annotated[bool, typer.Option("--force", help="take an adapter that was trained on another model")] = False,
     json: o.Json = False,
 ) -> None:
     """Load and run it here."""
@@ -48,7 +49,7 @@ def command(
     for note in loaded.notes:
         print(note, file=sys.stderr)
     if adapter is not None:
-        loaded.add_adapter("adapter", adapter)
+        loaded.add_adapter("adapter", adapter, force=force)
     ready = time.perf_counter()
     text = ""
     name = None if adapter is None else "adapter"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,23 @@ def read_about(folder: Path) -> dict[str, Any]:
     return found
 
 
+def check_base(folder: Path, hashes: Callable[[], Collection[str]]) -> None:
+    """Refuse an adapter that says it was trained on another model.
+
+    Args:
+        hashes: gives those that fit, if they are known; called where the adapter names one.
+
+    Raises:
+        UserError: it names a hash that is not among them.
+    """
+    named = read_about(folder).get("hash")
+    if named is not None and (known := hashes()) and named not in known:
+        raise UserError(
+            f"{folder} was trained on a model of hash {named}, and this one has {' or '.join(sorted(known))}: its "
+            "outputs would be others; name the model that it was trained on, or insist with --force"
+        )
+
+
 def attach(model: nn.Module, folder: Path, base_hash: str | None = None, force: bool = False) -> nn.Module:
     """Put a folder's adapter onto a model, in place; also one that PEFT wrote, where it is a LoRA.
 
@@ -153,11 +170,8 @@ def attach(model: nn.Module, folder: Path, base_hash: str | None = None, force: 
         UserError: it is no adapter, was trained on another model, or names a linear that the model lacks.
     """
     about = read_about(folder)
-    if base_hash and about.get("hash") not in (None, base_hash) and not force:
-        raise UserError(
-            f"{folder} was trained on a model of hash {about['hash']}, and this one has {base_hash}: its outputs would "
-            "be others; name the model that it was trained on, or insist with --force"
-        )
+    if base_hash and not force:
+        check_base(folder, lambda: (base_hash,))
     return _attach_delta(model, folder, about) if (folder / DELTA).is_file() else _attach_pair(model, folder)
 
 
