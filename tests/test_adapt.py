@@ -18,7 +18,7 @@ from conftest import Said, artifact_of
 
 from trimtab.adapting import adapt, open_base
 from trimtab.core.errors import BudgetError, UserError
-from trimtab.engine.run import PackedLinear
+from trimtab.engine.run import PackedEmbedding, PackedLinear
 from trimtab.models.adapter import ABOUT, CONFIG, DELTA, attach, frames, merge
 from trimtab.models.source import open_source
 
@@ -102,10 +102,11 @@ def test_what_peft_saves_is_taken(tiny: str, tmp_path: Path) -> None:
 
 
 def test_a_fitted_base_stays_packed(tiny: str, data: Path, tmp_path: Path) -> None:
-    artifact_of(tiny, "rtn @ model.layers.*=4b/g32", tmp_path / "fit")
+    artifact_of(tiny, "rtn @ model.layers.*=4b/g32, model.embed_tokens=4b/g32", tmp_path / "fit")
     made = adapt(str(tmp_path / "fit"), str(data), level="r4", out=tmp_path / "run", **OPTIONS)
     below = [frame.base for frame in frames(made.model).values()]
     assert below and all(isinstance(module, PackedLinear) for module in below)
+    assert isinstance(made.model.get_input_embeddings(), PackedEmbedding)
     assert made.report["verdict"] == "better"
     again = attach(open_base(str(tmp_path / "fit")).model, made.folder, open_base(str(tmp_path / "fit")).hash)
     assert torch.allclose(logits(again), logits(made.model), atol=2e-4)

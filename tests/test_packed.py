@@ -308,3 +308,16 @@ def test_rows_are_decoded_in_tiles_as_the_whole(text: str, monkeypatch: pytest.M
     whole = packed.dense()
     monkeypatch.setattr("trimtab.formats.packed._TILE", 300)
     assert torch.equal(packed.dense(), whole)
+
+
+@pytest.mark.parametrize("text", ["4b/g32", "3b/g64/sym", "2b/row", "nvfp4", "mxfp6", "50%", "r4", "vq/d4/k16"])
+@pytest.mark.parametrize("shape", [(24, 64), (21, 70), (40, 96)])
+def test_parts_and_rows_are_those_of_the_whole(text: str, shape: Shape) -> None:
+    packed, _ = stored(parse_level(text), shape, torch.Generator().manual_seed(0))
+    whole = packed.dense()
+    for most in (1, 8 * shape[1], 9 * shape[1], 10**6):
+        parts = list(packed.parts(most))
+        assert [first for first, _ in parts] == [0, *torch.tensor([len(p) for _, p in parts]).cumsum(0).tolist()[:-1]]
+        assert torch.equal(torch.cat([part for _, part in parts]), whole)
+    rows = torch.tensor([5, 0, 5, shape[0] - 1])
+    assert torch.equal(packed.take(rows), whole[rows])

@@ -212,7 +212,7 @@ def _open_artifact(name: str, folder: Path) -> Base:
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model = build(contents, packed=True)
+    model = build(contents, packed=True, tables=True)
     hashed = Checkpoint(folder).hash()[:16]
     context = config.get("max_position_embeddings") or config.get("n_positions")
     return Base(name, model, hashed, task, list(mapped.sites), mapped.siblings, tokenizer, None, context)
@@ -299,7 +299,7 @@ def material(base: Base, request: Request) -> Material:
 
 
 def _known_tokens(base: Base, tokens: Tensor) -> None:
-    vocabulary = base.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = base.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if int(tokens.max()) >= vocabulary:
         raise UserError(
             f"the tokenizer gives token {int(tokens.max())}, and the model knows {vocabulary}: this tokenizer belongs "
@@ -555,7 +555,7 @@ def _within(
     import torch
 
     from trimtab.engine.measure import forget_peak, held_bytes, peak_bytes
-    from trimtab.engine.memory import keep_freed_memory
+    from trimtab.engine.memory import give_back_freed_memory, keep_freed_memory
     from trimtab.engine.train import training_mode
     from trimtab.parts.saving import Saver
 
@@ -563,8 +563,10 @@ def _within(
     training_mode(model)
     state = 3 * sum(p.numel() * p.element_size() for p in trained)
     one = torch.zeros(1, dtype=torch.int64)
-    data.train(model, one)  # what is made once is there
-    saver = Saver([*model.parameters(), *model.buffers()], "int4", 1.0)
+    codec, share = LADDER[-1]
+    with Saver([*model.parameters(), *model.buffers()], codec, share):  # type: ignore[arg-type]
+        data.train(model, one)  # what is made once is there
+    give_back_freed_memory()
     kept: dict[tuple[str, float], int] = {}
     rest = float("nan")
     fixed = held_bytes()

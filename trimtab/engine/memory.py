@@ -26,6 +26,12 @@ def keep_freed_memory(largest: int | None = None) -> None:
             mallopt(trim_threshold, 4 * largest)
 
 
+def give_back_freed_memory() -> None:
+    """Have the C library give back to the system what was freed and lies idle, once."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_bytes() -> int | None:
     """Memory that can be had without swapping, or None where the system does not say."""
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.formats.packed import Packed
-from trimtab.parts.frozen import Frozen, product
+from trimtab.parts.frozen import Frozen, product, unpacked_linear
 
 ROUNDS, PAUSE, LONG = 5, 0.1, 5.0  # of a measurement; seconds between them; seconds after which there is no other
 
@@ -35,7 +35,24 @@ class PackedLinear(nn.Module):
         """`x [..., in]` to `[..., out]`; for a gradient the weight is unpacked again, and not kept."""
         if x.requires_grad and torch.is_grad_enabled():
             return product(x, Frozen(self))
-        return nn.functional.linear(x, self.packed.dense().to(x.dtype), self.bias)
+        return unpacked_linear(x, self.packed, self.bias)
+
+
+class PackedEmbedding(nn.Module):
+    """A table of tokens that stays packed in memory; the rows that are looked up are unpacked.
+
+    Args:
+        packed: the stored table `[tokens, channels]`.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.packed = packed
+        self.num_embeddings, self.embedding_dim = packed.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Numbers of tokens `[...]` to rows `[..., channels]`, fp32."""
+        return self.packed.take(ids.reshape(-1)).reshape(*ids.shape, -1)
 
 
 def main_output(output: Any) -> Tensor:

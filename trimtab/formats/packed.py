@@ -5,7 +5,7 @@ For every level `packed.nbytes == level.bytes(shape)`, exactly. Codes lie end to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, log2, prod
 
@@ -57,15 +57,41 @@ class Packed:
 
     def dense(self) -> Tensor:
         """The weight in fp32, in the original's shape."""
+        return next(self.parts(prod(self.shape)))[1].reshape(self.shape)
+
+    def parts(self, most: int) -> Iterator[tuple[int, Tensor]]:
+        """The weight in fp32 as runs of rows of about so many weights, each with the number of its first row; all at
+        once at a level that does not store one row after the other.
+        """
         rows, cols = rows_cols(self.shape)
-        step = max(8, _TILE // cols // 8 * 8)  # rows whose codes end on a byte
-        if not isinstance(self.level, Int | Float) or rows <= step:
-            return _DECODE[type(self.level)](self).reshape(self.shape)
-        weight = torch.empty(rows, cols)
+        tile, step = (max(8, count // cols // 8 * 8) for count in (_TILE, most))  # rows whose codes end on a byte
+        if not isinstance(self.level, Int | Float) or rows <= tile:
+            yield 0, _DECODE[type(self.level)](self).reshape(rows, cols)
+            return
+        step = rows if most >= rows * cols else step
         for first in range(0, rows, step):
-            part = _rows(self, first, min(first + step, rows))
-            weight[first : first + step] = _DECODE[type(self.level)](part)
-        return weight.reshape(self.shape)
+            run = torch.empty(min(step, rows - first), cols)
+            for at in range(0, len(run), tile):
+                part = _rows(self, first + at, first + min(at + tile, len(run)))
+                run[at : at + tile] = _DECODE[type(self.level)](part)
+            yield first, run
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The rows of these numbers, fp32 `[len(rows), in]`; nothing else is unpacked where a row fills whole bytes.
+
+        >>> scale = torch.ones(4, 1, dtype=torch.float16)
+        >>> packed = pack_int(torch.arange(8).reshape(4, 2), {"scale": scale}, None, Int(4, 2, symmetric=True), (4, 2))
+        >>> packed.take(torch.tensor([3, 0, 3])).tolist()
+        [[-2.0, -1.0], [-8.0, -7.0], [-2.0, -1.0]]
+        """
+        count, cols = rows_cols(self.shape)
+        bits = _bits(self.level) * cols if isinstance(self.level, Int | Float) else 1
+        if bits % 8:
+            return self.dense().reshape(count, cols)[rows]
+        codes = self.tensors["codes"].reshape(count, bits // 8)[rows].reshape(-1)
+        other = {name: self.tensors[name][rows] for name in ("scale", "zero") if name in self.tensors}
+        part = Packed(self.level, (len(rows), cols), {**self.tensors, "codes": codes, **other})
+        return _DECODE[type(self.level)](part)
 
     def flaw(self) -> str | None:
         """What no packing stores, as damage to a file leaves it, in a phrase; None where all can be read."""
@@ -273,10 +299,14 @@ def _rows(p: Packed, first: int, last: int) -> Packed:
     """Rows `first .. last` of integers or minifloats, where `first` is a multiple of 8."""
     level, (_, cols) = p.level, rows_cols(p.shape)
     assert isinstance(level, Int | Float)
-    bits = level.bits if isinstance(level, Int) else 1 + level.e + level.m
+    bits = _bits(level)
     codes = p.tensors["codes"][first * cols * bits // 8 : packed_bytes(last * cols, bits)]
     rows = {name: p.tensors[name][first:last] for name in ("scale", "zero") if name in p.tensors}
     return Packed(level, (last - first, cols), {**p.tensors, "codes": codes, **rows})
+
+
+def _bits(level: Int | Float) -> int:
+    return level.bits if isinstance(level, Int) else 1 + level.e + level.m
 
 
 def hadamard_blocks(weight: Tensor, block: int) -> Tensor:

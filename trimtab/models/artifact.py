@@ -217,13 +217,16 @@ def _shift(contents: Contents, name: str) -> Tensor | None:
     return contents.packed[name]().bias() if stored else None
 
 
-def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None, packed: bool = False) -> nn.Module:
+def build(
+    contents: Contents, skeleton: Callable[[], nn.Module] | None = None, packed: bool = False, tables: bool = False
+) -> nn.Module:
     """The artifact's module with its weights, in eval mode, in fp32.
 
     Args:
         skeleton: for a model that came from a Python function: makes that module again; the artifact itself names no
             code to run.
         packed: linears stay packed in memory and unpack for each use.
+        tables: so do tables of tokens, which code that looks for torch's own then does not find.
     """
     import torch
 
@@ -232,7 +235,7 @@ def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None, p
     model = skeleton() if skeleton else make_skeleton(contents)
     replay(model, contents.manifest.get("edits", []))
     if packed:
-        _stay_packed(model, contents)
+        _stay_packed(model, contents, tables)
     names = (*contents.packed, *contents.dense)
 
     def read(name: str) -> Tensor:
@@ -250,11 +253,11 @@ def build(contents: Contents, skeleton: Callable[[], nn.Module] | None = None, p
     return model.eval()
 
 
-def _stay_packed(model: nn.Module, contents: Contents) -> None:
-    """Replace linears whose weight is packed and not tied by linears that unpack."""
+def _stay_packed(model: nn.Module, contents: Contents, tables: bool) -> None:
+    """Replace linears, and tables, whose weight is packed and not tied by modules that unpack."""
     from torch import nn
 
-    from trimtab.engine.run import PackedLinear
+    from trimtab.engine.run import PackedEmbedding, PackedLinear
 
     counts: dict[int, int] = {}
     for _, p in model.named_parameters(remove_duplicate=False):
@@ -262,7 +265,11 @@ def _stay_packed(model: nn.Module, contents: Contents) -> None:
     for name, reader in contents.packed.items():
         path = name.removesuffix(".weight")
         module = model.get_submodule(path)
-        if type(module) is nn.Linear and counts[id(module.weight)] == 1:
+        if counts.get(id(module._parameters.get("weight"))) != 1:
+            continue
+        if tables and type(module) is nn.Embedding:
+            model.set_submodule(path, PackedEmbedding(reader()))
+        if type(module) is nn.Linear:
             bias = contents.read(f"{path}.bias").float() if f"{path}.bias" in contents.dense else None
             model.set_submodule(path, PackedLinear(reader(), bias))
 

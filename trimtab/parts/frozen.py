@@ -11,7 +11,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from trimtab.core.errors import UserError
+from trimtab.formats.packed import Packed
 from trimtab.parts.saving import derived
+
+AT_ONCE = 1 << 22  # weights of a packed matrix that are unpacked together, 16 MB
 
 
 class Frozen:
@@ -63,12 +66,26 @@ class _Product(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Frozen) -> Tensor:
         ctx.base = base
+        if base.packed is not None:
+            return unpacked_linear(x, base.packed, base.bias)
         return nn.functional.linear(x, base.weight(x.dtype), base.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.base.weight(grad.dtype), None
+        if ctx.base.packed is None:
+            return grad @ ctx.base.weight(grad.dtype), None
+        total = grad.new_zeros(*grad.shape[:-1], ctx.base.in_features)
+        for first, weight in ctx.base.packed.parts(AT_ONCE):
+            total += grad[..., first : first + len(weight)] @ weight.to(grad.dtype)
+        return total, None
+
+
+def unpacked_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """`x W^T + b`, W unpacked a few rows at a time: no more of it is in memory than a product needs to be fast."""
+    parts = [nn.functional.linear(x, weight.to(x.dtype)) for _, weight in packed.parts(AT_ONCE)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return y if bias is None else y.add_(bias)
 
 
 def product(x: Tensor, base: Frozen) -> Tensor:

@@ -108,7 +108,9 @@ def _example(row: Any) -> Example:
         joined = "\n".join(read)
         gap = "" if prompt == "prompt" else "\n\n"
         return Example(((joined + gap, False), (row[answer], True)))
-    if isinstance(row.get("text"), str) and row["text"]:
+    if "text" in row:
+        if not isinstance(row["text"], str) or not row["text"]:
+            raise ValueError("`text` must be a text that is not empty")
         return Example(((row["text"], True),))
     raise ValueError(f"neither messages, nor a prompt with its completion, nor text, but {', '.join(row) or 'nothing'}")
 
