@@ -36,6 +36,7 @@ Progress = Callable[[str, int, int], None]
 STATISTICS_ITEMS = 16  # that gram, absmean and gradient are collected on
 AUTO = ("lora(scaling='root')", "paca", "lora-ga", "dora")
 AUTO_SHARE = 0.1  # of the steps, for each method that is tried
+OUTPUTS = 1 << 24  # of a model that are there at once when it is measured, 64 MB
 LADDER = (("exact", 0.22), ("exact", 1.0), ("int8", 1.0), ("int4", 1.0))
 
 
@@ -514,10 +515,12 @@ def scored(model: nn.Module, data: Material) -> Scores:
     import torch
 
     task, parts = data.task, []
+    outputs = data.apart.labels[:1].numel() * getattr(getattr(model, "config", None), "vocab_size", 1)  # of an item
+    step = max(1, min(task.chunk, OUTPUTS // outputs))
     model.eval()
     with torch.no_grad():
-        for i in range(0, len(data.apart), task.chunk):
-            part = data.apart.take(i, i + task.chunk)
+        for i in range(0, len(data.apart), step):
+            part = data.apart.take(i, i + step)
             output = model(**part.inputs, **task.options) if hasattr(model, "config") else model(*part.inputs.values())
             parts.append(task.score(output, part.labels, None))
     return parts[0].join(parts)
