@@ -43,8 +43,9 @@ STATISTICS = {
     "price": set(),
     "wrap": {"gram", "mean", "absmean", "grad", "rng"},
     "step": {"rng", "seed"},
+    "estimate": {"rng", "rate"},
     "loss": {"features"},
-    "decide": {"rng"},
+    "decide": {"rng", "changes"},
     "store": set(),
 }
 

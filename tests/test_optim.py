@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import trimtab
 from trimtab.core.errors import UserError
 from trimtab.core.method import Optimiser, method
-from trimtab.parts.moments import gaussian, leading
+from trimtab.parts.moments import bucketed, gaussian, leading, signs
 from trimtab.parts.stepping import Stepping
 
 OPTIMISERS = sorted(name for name, cls in METHODS.items() if issubclass(cls, Optimiser))
@@ -156,6 +156,8 @@ def test_leading_vectors_are_those_of_the_decomposition() -> None:
         ("gptq", {}, "updates no parameters"),
         ("apolo", {}, "did you mean 'apollo'"),
         ("apollo", {"ranks": 3}, "no field 'ranks'"),
+        ("apollo", {"projection": "svd"}, "'gaussian' or 'buckets'"),
+        ("sgd", {"momentum": 1.0}, "0 to below 1"),
     ],
 )
 def test_what_cannot_be_is_refused(rule: str, config: dict[str, Any], said: str) -> None:
@@ -165,3 +167,23 @@ def test_what_cannot_be_is_refused(rule: str, config: dict[str, Any], said: str)
         trimtab.optimizer([param], rule, **config).step()
     with pytest.raises(UserError, match="neither may be negative"):
         trimtab.optimizer([param], "adamw", lr=-1.0)
+
+
+def test_buckets_keep_lengths_in_the_mean_on_either_side() -> None:
+    grad = grads((10, 25), 1)[0]
+    found = torch.stack([bucketed(grad, 4, signs(10, seed)) for seed in range(2000)])
+    squares = found.square().sum(1)
+    error = squares.std(0) / 2000**0.5
+    assert bool(((squares.mean(0) - grad.square().sum(0)).abs() < 4.5 * error).all())
+    assert torch.equal(bucketed(grad.T, 4, signs(10, 7)), bucketed(grad, 4, signs(10, 7)).T)
+
+
+def test_signs_and_momentum_are_as_torch_has_them() -> None:
+    ours, theirs = nn.Parameter(torch.ones(6, 9)), nn.Parameter(torch.ones(6, 9))
+    steps = [[grad] for grad in grads((6, 9), 5)]
+    run(trimtab.optimizer([ours], "sgd", lr=0.1, momentum=0.8), [ours], steps)
+    run(torch.optim.SGD([theirs], lr=0.1, momentum=0.8), [theirs], steps)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    signed = nn.Parameter(torch.zeros(6, 9))
+    run(trimtab.optimizer([signed], "sgd", lr=0.1, sign=True), [signed], steps[:1])
+    assert torch.equal(signed, -0.1 * steps[0][0].sign())

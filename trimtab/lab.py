@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trimtab.engine.apply import Applied
     from trimtab.models.source import Source
+    from trimtab.pretraining import Pretraining
     from trimtab.tasks.base import Scores
 
 
@@ -361,6 +362,14 @@ class Lab:
         shift = Shift(seed, **options)
         self.hashes |= {shift.model: shift._opened.hash, "reference": shift.hash}
         return shift
+
+    def pretraining(self, seed: int = 0, **options: Any) -> Pretraining:
+        """A small language model that learns from nothing, see `Pretraining`."""
+        from trimtab.pretraining import Pretraining
+
+        bench = Pretraining(seed, **options)
+        self.hashes |= {"library bytes": bench.hash}
+        return bench
 
 
 def planted(source: Source, modelmap: Any, factor: float, seed: int, channels: int = 4) -> Source:
