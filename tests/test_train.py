@@ -72,6 +72,32 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tiny: Path, data: Path
     assert cut.read_bytes() == whole.read_bytes()
 
 
+def test_weights_of_8_bits_are_trained_and_a_run_goes_on_with_the_same_bytes(
+    tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    def go(name: str, resume: bool = False) -> Any:
+        options = OPTIONS | {"optimizer": "q-galore(rank=4)", "every": 2, "rate": 0.02}
+        return train(str(tiny), str(data), out=tmp_path / name, resume=resume, **options)
+
+    whole = go("whole")
+    assert whole.report["verdict"] == "better"
+    assert whole.report["weight_bytes"] < 0.75 * 4 * whole.report["trained"]
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            *(str(tiny), str(data)),
+            **OPTIONS | {"optimizer": "q-galore(rank=4)", "every": 2, "rate": 0.02},
+            **{"out": tmp_path / "cut", "progress": stop},
+        )
+    cut = go("cut", resume=True)
+    files = [run.folder / "model.safetensors" for run in (whole, cut)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_memory_is_kept_or_refused_with_what_would_fit(tiny: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"least that fits is .*for one item in flight"):
         train(str(tiny), str(data), memory="20MB", out=tmp_path / "none", **OPTIONS)

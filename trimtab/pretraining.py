@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 SETTING = (
-    "A Llama of 2 blocks and a width of 64 from random weights, 8 windows of 64 bytes of Python's library a step; rates "
-    "chosen on other modules of it, the loss measured on a third part"
+    "A Llama of 2 blocks and a width of 64 from random weights, 8 windows of 64 bytes of Python's library a step; "
+    "rates chosen on other modules of it, the loss measured on a third part"
 )
 
 
@@ -31,6 +31,7 @@ class Pretrained:
         seconds: processor time of a step, the median.
         course: training loss of each step.
         rate: the learning rate that was chosen.
+        numbers: of the optimiser's state, summed over the parameters, but for its steps.
         model: the trained module.
     """
 
@@ -41,6 +42,7 @@ class Pretrained:
     seconds: float
     course: tuple[float, ...]
     rate: float
+    numbers: dict[str, float]
     model: Any
 
 
@@ -104,6 +106,7 @@ class Pretraining:
     def _once(self, optimizer: Any, rate: float, gradient: Any, change: Any) -> tuple[float, Pretrained]:
         from trimtab.core.plan import parse_method
         from trimtab.engine.train import Recipe, train
+        from trimtab.parts.integer_weight import hold
         from trimtab.parts.stepping import Stepping
 
         model = self.fresh()
@@ -111,7 +114,9 @@ class Pretraining:
             change(model)
         if isinstance(optimizer, str):
             rule: Any = parse_method(optimizer)
-            optimiser: Any = Stepping((p for p in model.parameters() if p.requires_grad), rule, rate, seed=self.seed)
+            held = hold(model, rule.rounding) if rule.integers else {}
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimiser: Any = Stepping(trained, rule, rate, seed=self.seed, held=held)
         else:
             optimiser = optimizer(model, rate)
         recipe = Recipe(self.steps, self.BATCH, rate=rate, recompute=0.0, seed=self.seed)
@@ -130,9 +135,19 @@ class Pretraining:
             seconds=statistics.median(steps),
             course=tuple(row["loss"] for row in done.log),
             rate=rate,
+            numbers=_numbers(optimiser),
             model=model,
         )
         return loss_of(model, self.choosing), pretrained
+
+
+def _numbers(optimiser: Any) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for state in optimiser.state.values():
+        for name, value in state.items():
+            if isinstance(value, int | float) and name != "step":
+                found[name] = found.get(name, 0.0) + value
+    return found
 
 
 def loss_of(model: nn.Module, data: Any) -> float:

@@ -143,6 +143,7 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     from trimtab.engine.freezing import Freezing
     from trimtab.engine.measure import peak_bytes
     from trimtab.engine.train import train as loop
+    from trimtab.parts.integer_weight import hold, release
     from trimtab.parts.stepping import Stepping
 
     started = time.perf_counter()
@@ -150,12 +151,13 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     data = material(base, request)
     rule, recipe, plan = request.part("optimizer"), request.recipe(), None
     before = scored(base.model, data)
+    held = hold(base.model, rule.rounding) if rule.integers else {}
     trained = list(base.model.requires_grad_(True).parameters())
     state = sum(rule.state_bytes(tuple(p.shape)) for p in trained)
     if request.memory is not None:
-        held = state + sum(p.nbytes for p in trained)
-        recipe, plan = within(parse_bytes(request.memory, "memory"), base.model, data, recipe, trained, held)
-    optimiser = Stepping(trained, rule, request.rate, request.decay, request.seed)
+        state += sum(p.nbytes for p in trained)  # and the gradients
+        recipe, plan = within(parse_bytes(request.memory, "memory"), base.model, data, recipe, trained, state)
+    optimiser = Stepping(trained, rule, request.rate, request.decay, request.seed, held)
     policy = request.part("freeze")
     freezing = policy and Freezing(base.model, blocks_of(base), policy, optimiser, recipe.steps, request.seed)
     asked = ("model", "optimizer", "gradient", "freeze", "fresh", "length")
@@ -168,12 +170,14 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
         progress=progress,
     )
     after = scored(base.model.requires_grad_(True), data)
-    folder = out / "model"
+    folder, weights = out / "model", sum(t.untyped_storage().nbytes() for t in trained)
+    weights += sum(h.nbytes for h in held.values())
+    release(base.model)
     size = write_model(base, folder)
     report = {
         **{k: getattr(request, k) for k in asked},
         **{"task": data.task.name, "trained": sum(p.numel() for p in trained)},
-        **{"state_bytes": optimiser.state_bytes(), "weight_bytes": sum(p.nbytes for p in trained)},
+        **{"state_bytes": optimiser.state_bytes(), "weight_bytes": weights},
         **{"items": len(data.train), "held_out": len(data.apart), "steps": recipe.steps},
         **{"recipe": asdict(recipe), "memory": plan, "notes": data.notes},
         **compared(data, before, after),

@@ -24,7 +24,7 @@ CLAIM = Claim(
 def measure(lab: Any, seed: int) -> dict[str, float]:
     """Numbers of one draw of weights and order."""
     bench = lab.pretraining(seed, steps=200)
-    ours = bench.run("adamw", (2e-3, 4e-3))
+    ours = bench.run("adamw", (2e-3, 3e-3, 4e-3))
     momentum, plain = bench.run("sgd(momentum=0.9)", (0.03, 0.1)), bench.run("sgd", (0.3, 1.0))
     return {
         **{"loss_adamw": ours.loss, "loss_momentum": momentum.loss, "loss_sgd": plain.loss},

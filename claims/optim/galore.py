@@ -25,7 +25,7 @@ CLAIM = Claim(
 def measure(lab: Any, seed: int) -> dict[str, float]:
     """Numbers of one draw of weights and order."""
     bench = lab.pretraining(seed, steps=200)
-    adamw, momentum = bench.run("adamw", (2e-3, 4e-3)), bench.run("sgd(momentum=0.9)", (0.1,))
+    adamw, momentum = bench.run("adamw", (2e-3, 3e-3, 4e-3)), bench.run("sgd(momentum=0.9)", (0.1,))
     ours = bench.run("galore(rank=16, every=50)", (0.02, 0.04))
     return {
         **{"loss_galore": ours.loss, "loss_adamw": adamw.loss, "loss_momentum": momentum.loss},

@@ -252,10 +252,11 @@ class Optimiser(Method):
     (`trimtab.parts.stepping`, a `torch.optim.Optimizer`) applies `param <- (1 - lr * decay) param - lr * direction`.
     State tensors are updated in place and never made anew; numbers of the state are ints and floats, `step` among them.
     Keyword-only parameters: `rng`, a generator seeded by the run's seed, the parameter's place and its step; `seed`,
-    the run's.
+    the run's. A rule with `integers` trains linears whose weights are kept in 8 bits alone, and has a field `rounding`.
     """
 
     verb = "step"
+    integers: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, param: Tensor) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from trimtab.core.method import Estimator
 from trimtab.engine.freezing import Freezing
 from trimtab.engine.memory import keep_freed_memory
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
+from trimtab.parts.integer_weight import Held
 from trimtab.parts.norms import rms_norm, rms_norms
 from trimtab.parts.saving import Codec, Saver
 
@@ -158,7 +159,7 @@ def train(
     if not named:
         raise UserError("nothing in the model is trained; choose a method, or parameters to train")
     header = {"recipe": asdict(recipe), **(identity or {})}
-    book = _Book(folder, resume, header, named, optimiser, freezing) if folder else None
+    book = _Book(folder, resume, header, _stored(model, named), optimiser, freezing) if folder else None
     torch.manual_seed(recipe.seed)
     first = book.load() if book else 0
     shares = [group["lr"] / max(optimiser.param_groups[0]["lr"], 1e-30) for group in optimiser.param_groups]
@@ -297,6 +298,16 @@ def training_mode(model: nn.Module) -> None:
             module.eval()
 
 
+def _stored(model: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The tensors that a checkpoint must hold: what is trained, codes in place of weights of 8 bits."""
+    found: dict[str, Tensor] = dict(named)
+    for path, module in model.named_modules():
+        if isinstance(module, Held):
+            found.pop(f"{path}.weight", None)
+            found |= {f"{path}.{name}": value for name, value in module.named_buffers(recurse=False)}
+    return found
+
+
 class _Book:
     """A run's folder: journal, log, checkpoints."""
 
@@ -305,7 +316,7 @@ class _Book:
         folder: Path,
         resume: bool,
         header: dict[str, Any],
-        named: Mapping[str, nn.Parameter],
+        named: Mapping[str, Tensor],
         optimiser: torch.optim.Optimizer,
         freezing: Freezing | None,
     ) -> None:
