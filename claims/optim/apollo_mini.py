@@ -26,7 +26,7 @@ CLAIM = Claim(
 def measure(lab: Any, seed: int) -> dict[str, float]:
     """Numbers of one draw of weights and order."""
     bench = lab.pretraining(seed, steps=200)
-    adamw, ours = bench.run("adamw", (2e-3, 3e-3, 4e-3)), bench.run("apollo-mini(every=50)", (2e-3, 5e-3, 0.01))
+    adamw, ours = bench.run("adamw", (2e-3, 3e-3, 4e-3)), bench.run("apollo-mini(every=50)", (5e-4, 1e-3, 2e-3))
     momentum, plain = bench.run("sgd(momentum=0.9)", (0.1,)), bench.run("sgd", (1.0,))
     return {
         **{"loss_mini": ours.loss, "loss_adamw": adamw.loss, "loss_momentum": momentum.loss, "loss_sgd": plain.loss},

@@ -27,12 +27,10 @@ class Turn:
     Fields:
         step, steps: this one from 0, and how many there are.
         layers: all that can be frozen, in forward order.
-        active: paths of those that the last step trained.
-        seed: the run's.
+        active: paths of those that the last step trained; all before the first.
     """
 
     step: int
     steps: int
     layers: tuple[Layer, ...]
     active: tuple[str, ...]
-    seed: int = 0

@@ -52,7 +52,7 @@ class Freezing:
     def turn(self, step: int) -> None:
         """Freeze and thaw for a step."""
         layers = tuple(Layer(path, self.places[path], sum(p.numel() for p in own)) for path, own in self.layers.items())
-        view, needs = Turn(step, self.steps, layers, self.active, self.seed), self.policy.needs()
+        view, needs = Turn(step, self.steps, layers, self.active), self.policy.needs()
         given = {"rng": torch.Generator().manual_seed(self.seed * 1_000_003 + step), "changes": dict(self.changes)}
         wanted = set(self.policy.decide(view, **{k: given[k] for k in needs}))
         self.active = tuple(path for path in self.layers if path in wanted)

@@ -42,7 +42,8 @@ class Prediction:
         count = int((targets != IGNORED).sum())
         if self.lean is None:
             self.lean = self._provable(model, inputs, targets)
-        return (self._chunked if self.lean else self._plain)(model, inputs, targets), count
+        lean = self.lean and isinstance(model.get_output_embeddings(), nn.Linear)  # type: ignore[operator]
+        return (self._chunked if lean else self._plain)(model, inputs, targets), count
 
     def items(self, model: nn.Module, places: Tensor) -> Tensor:
         """Losses of the items at `places`, each the mean over its predictions."""
