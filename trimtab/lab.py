@@ -321,9 +321,7 @@ class Shift:
             optimiser = Stepping(trained, parse_method(tuning.optimizer), rate, seed=self.seed)  # type: ignore[arg-type]
         else:
             optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
-        gradient, policy = (
-            parse_method(m) if isinstance(m, str) and m else m for m in (tuning.gradient, tuning.freeze)
-        )
+        gradient, policy = _made(tuning.gradient), _made(tuning.freeze)
         freezing = Freezing(base.model, blocks_of(base), policy, optimiser, self.steps, self.seed) if policy else None
         marks, first, held = [time.process_time()], [0.0], [0]
         adapted = frames(base.model)
