@@ -42,7 +42,7 @@ STATISTICS = {
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
     "wrap": {"gram", "mean", "absmean", "grad", "rng"},
-    "step": {"rng", "seed"},
+    "step": {"rng", "seed", "inputs", "errors"},
     "estimate": {"rng", "rate"},
     "loss": {"features"},
     "decide": {"rng", "changes"},

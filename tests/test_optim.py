@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab.core.errors import UserError
+from trimtab.core.level import Rank
 from trimtab.core.method import Optimiser, method
+from trimtab.parts.gathering import Means
 from trimtab.parts.integer_weight import Held
 from trimtab.parts.moments import bucketed, gaussian, leading, signs
 from trimtab.parts.stepping import Stepping
@@ -46,7 +48,7 @@ def run(optimiser: torch.optim.Optimizer, params: list[nn.Parameter], steps: lis
 @given(shape=st.lists(st.integers(1, 20), max_size=3).map(tuple), bf16=st.booleans())
 def test_state_is_what_it_says_and_the_direction_has_the_shape(name: str, shape: tuple[int, ...], bf16: bool) -> None:
     param = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16 if bf16 else torch.float32))
-    optimiser = Stepping([param], small(name), lr=0.1)
+    optimiser = Stepping([param], small(name), lr=0.1, means=Means(nn.Identity()))
     for grad in grads(shape, 4):
         param.grad = grad.to(param.dtype)
         before = param.grad.clone()
@@ -67,14 +69,14 @@ def test_two_runs_are_equal_and_a_run_goes_on_to_the_bit(name: str) -> None:
 
     def fresh() -> tuple[list[nn.Parameter], Stepping]:
         params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
-        return params, Stepping(params, small(name), lr=0.01, weight_decay=0.1, seed=3)
+        return params, Stepping(params, small(name), lr=0.01, weight_decay=0.1, seed=3, means=Means(nn.Identity()))
 
     (whole, one), (cut, two) = fresh(), fresh()
     run(one, whole, steps)
     run(two, cut, steps[:5])
     state = copy.deepcopy(two.state_dict())
     resumed = [nn.Parameter(p.detach().clone()) for p in cut]
-    three = Stepping(resumed, small(name), lr=0.01, weight_decay=0.1, seed=3)
+    three = Stepping(resumed, small(name), lr=0.01, weight_decay=0.1, seed=3, means=Means(nn.Identity()))
     three.load_state_dict(state)
     run(three, resumed, steps[5:])
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
@@ -105,7 +107,8 @@ def test_a_loss_falls(name: str) -> None:
     rng = torch.Generator().manual_seed(0)
     target, x = torch.randn(20, 16, generator=rng), torch.randn(64, 16, generator=rng)
     layer = nn.Linear(16, 20, bias=False)
-    optimiser = Stepping(layer.parameters(), small(name), lr=0.08 if "galore" in name else 0.02)  # a quarter goes in
+    rate = 0.08 if "galore" in name else 0.02  # a quarter goes in
+    optimiser = Stepping(layer.parameters(), small(name), lr=rate, means=Means(layer))
     losses = []
     for _ in range(150):
         loss = (layer(x) - x @ target.T).square().mean()
@@ -162,6 +165,8 @@ def test_leading_vectors_are_those_of_the_decomposition() -> None:
         ("apollo", {"ranks": 3}, "no field 'ranks'"),
         ("apollo", {"projection": "svd"}, "'gaussian' or 'buckets'"),
         ("sgd", {"momentum": 1.0}, "0 to below 1"),
+        ("mkor", {}, "give means"),
+        ("mkor", {"gamma": 1.0, "means": Means(nn.Identity())}, "gamma is above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(rule: str, config: dict[str, Any], said: str) -> None:
@@ -239,3 +244,63 @@ def test_a_settled_subspace_is_found_more_rarely() -> None:
         optimiser.step()
     counts = [optimiser.state[p]["found"] for p in (settled, restless)]
     assert counts[1] == 30 and counts[0] < 15
+
+
+def test_inverses_changed_by_one_rank_are_the_inverses_of_the_factors() -> None:
+    layer = nn.Linear(12, 7, bias=False)
+    means = Means(layer)
+    optimiser = trimtab.optimizer(layer.parameters(), "mkor", lr=1e-3, means=means, gamma=0.8)
+    factors, rng = [torch.eye(7), torch.eye(12)], torch.Generator().manual_seed(0)
+    for _ in range(6):
+        x = torch.randn(5, 12, generator=rng)
+        out = layer(x)
+        out.retain_grad()
+        out.square().sum().backward()
+        for i, mean in enumerate((out.grad.mean(0), x.mean(0))):
+            factors[i] = 0.8 * factors[i] + 0.2 * torch.outer(mean, mean)
+        grad = layer.weight.grad.clone()
+        optimiser.step()
+        optimiser.zero_grad()
+    state = optimiser.state[layer.weight]
+    wanted = [torch.linalg.inv(factor) for factor in factors]
+    assert torch.allclose(state["left"], wanted[0], atol=1e-4) and torch.allclose(state["right"], wanted[1], atol=1e-4)
+    found = method("mkor", momentum=0.0).step(  # type: ignore[attr-defined]
+        grad, {**state, "step": 1, "mean": torch.zeros(7, 12)}, layer.weight, inputs=None, errors=None
+    )
+    assert torch.equal(found, grad), "what is no linear's goes by its gradient"
+
+
+def test_micro_batches_give_the_means_of_the_whole() -> None:
+    layer, x = nn.Linear(6, 3), torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    means = Means(layer)
+    layer(x).square().sum().backward()
+    whole = means.take(layer.weight)
+    for part in x.split(3):
+        layer(part).square().sum().backward()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, means.take(layer.weight), strict=True))
+    assert means.take(layer.weight) == (None, None)
+
+
+def test_factors_and_entries_are_the_linear_of_their_sum() -> None:
+    layer = nn.Linear(40, 30)
+    made = method("sltrain", density=0.05).wrap(  # type: ignore[attr-defined]
+        layer, Rank(4), rng=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        made.b.normal_(generator=torch.Generator().manual_seed(1))
+    assert len(made.values) == 60 and made.nbytes == 4 * (4 * 70 + 2 * 60)
+    x = torch.randn(5, 40, requires_grad=True, generator=torch.Generator().manual_seed(2))
+    out = made(x)
+    assert torch.allclose(out, made.merged()(x), atol=1e-5)
+    out.square().sum().backward()
+    dense = (made.b @ made.a * made.scale).flatten().index_add(0, made.index, made.values).view(30, 40)
+    y = x.detach().clone().requires_grad_()
+    again = torch.autograd.grad(
+        nn.functional.linear(y, dense, made.bias).square().sum(), [y, made.a, made.b, made.values]
+    )
+    for ours, theirs in zip((x, made.a, made.b, made.values), again, strict=True):
+        assert torch.allclose(ours.grad, theirs, atol=1e-3, rtol=1e-4)
+    with pytest.raises(UserError, match="rank 31"):
+        method("sltrain").wrap(layer, Rank(31), rng=torch.Generator())  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="0 to 1"):
+        method("sltrain", density=2.0).wrap(layer, Rank(3), rng=torch.Generator())  # type: ignore[attr-defined]

@@ -98,6 +98,29 @@ def test_weights_of_8_bits_are_trained_and_a_run_goes_on_with_the_same_bytes(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "sltrain", "level": "r4", "fresh": True, "optimizer": "adamw"},
+        {"optimizer": "mkor", "rate": 0.05},
+        {"freeze": "lisa(blocks=1)", "optimizer": "adamw"},
+        {"gradient": "wta-crs"},
+        {"gradient": "mezo", "optimizer": "sgd", "rate": 1e-4},
+    ],
+    ids=str,
+)
+def test_parts_of_a_training_go_together(options: dict[str, Any], tiny: Path, data: Path, tmp_path: Path) -> None:
+    made = train(str(tiny), str(data), out=tmp_path / "run", **OPTIONS | options)
+    plain = AutoModelForCausalLM.from_pretrained(made.folder)
+    tokens = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        assert torch.allclose(plain(tokens).logits, made.model(tokens).logits, atol=1e-4)
+    if options.get("gradient") != "mezo":
+        assert made.report["verdict"] == "better"
+    if "form" in options:
+        assert made.report["weight_bytes"] < 0.95 * plain.num_parameters() * 4
+
+
 def test_memory_is_kept_or_refused_with_what_would_fit(tiny: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"least that fits is .*for one item in flight"):
         train(str(tiny), str(data), memory="20MB", out=tmp_path / "none", **OPTIONS)
@@ -123,6 +146,9 @@ def test_the_command_prints_one_json_object_or_a_few_lines(tiny: Path, data: Pat
         ({"optimizer": "apollo(rank=0)"}, "1 or more"),
         ({"gradient": "adamw"}, "estimates no gradient"),
         ({"freeze": "adamw"}, "freezes nothing"),
+        ({"form": "sltrain"}, "--fresh"),
+        ({"form": "adamw", "fresh": True}, "is no form"),
+        ({"form": "sltrain", "fresh": True, "level": "r999"}, r"model\.layers\.0.*rank 999"),
         ({"memory": "lots"}, "memory"),
         ({"rate": -1.0}, "learning rate"),
         ({"length": 4}, "8 or more"),

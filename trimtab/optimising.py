@@ -20,6 +20,7 @@ def optimizer(
     weight_decay: float = 0.0,
     seed: int = 0,
     held: Mapping[Any, Any] | None = None,
+    means: Any = None,
     **config: Any,
 ) -> Stepping:
     """An optimiser of the family `optim` for a loop of your own, or for the Trainer of Hugging Face.
@@ -28,6 +29,7 @@ def optimizer(
         params: parameters, or groups of them.
         rule: name of a method, or one.
         held: parameters that stand for weights of 8 bits, as `parts.integer_weight.hold(model)` gives them.
+        means: of what linears read and get back, `parts.gathering.Means(model)`, for a method that asks for them.
         config: fields of the named method, like `rank=64`.
 
     Raises:
@@ -44,4 +46,4 @@ def optimizer(
     made = method(rule, **config) if isinstance(rule, str) else rule
     if not isinstance(made, Optimiser):
         raise UserError(f"{made.card.name} updates no parameters; `trimtab methods --family optim` lists what does")
-    return Stepping(params, made, lr, weight_decay, seed, held)
+    return Stepping(params, made, lr, weight_decay, seed, held, means)

@@ -19,6 +19,11 @@ SETTING = (
     "rates chosen on other modules of it, the loss measured on a third part"
 )
 
+MOVED = (
+    "A Llama of 2 blocks and a width of 64 that 200 steps of AdamW taught the bytes of Python's library, fine-tuned to "
+    "the prose of Python's reference by 8 windows of 64 bytes a step; rates chosen on other windows than the loss"
+)
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -65,6 +70,7 @@ class Pretraining:
         from trimtab.tasks.training import Prediction
 
         self.seed, self.steps, self.width = seed, steps, width
+        self.start: dict[str, Any] | None = None
         options = {"use_cache": False}
         self.train, self.choosing, self.judging = (
             Prediction({"input_ids": tokens}, tokens, options)
@@ -78,26 +84,72 @@ class Pretraining:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(self.seed)
-        return LlamaForCausalLM(
+        model = LlamaForCausalLM(
             LlamaConfig(
                 **{"vocab_size": 256, "hidden_size": self.width, "intermediate_size": 11 * self.width // 4},
                 **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
                 **{"max_position_embeddings": self.LENGTH, "bos_token_id": None, "eos_token_id": None},
             )
         )
+        if self.start is not None:
+            model.load_state_dict(self.start)
+        return model
+
+    def moved(self, steps: int) -> Pretraining:
+        """The bench of fine-tuning: the model that 200 steps of AdamW made, on its way to the prose of Python's
+        reference, of which a part is for choosing rates and another for the loss.
+        """
+        from trimtab.tasks.training import Prediction
+
+        self.steps = 200
+        bench = Pretraining(self.seed, steps, self.width)
+        bench.start = self.run("adamw", (2e-3,)).model.state_dict()
+        windows = _prose()
+        cuts = (windows[:1024], windows[1024:1152], windows[1152:1408])
+        options = {"use_cache": False}
+        bench.train, bench.choosing, bench.judging = (Prediction({"input_ids": t}, t, options) for t in cuts)
+        return bench
+
+    def kept(self, sampled: Any = None) -> int:
+        """Bytes that plain autograd keeps for the backward pass of one step, parameters not counted.
+
+        Args:
+            sampled: from a model to a context that the forward pass runs in.
+        """
+        import contextlib
+
+        import torch
+
+        model = self.fresh()
+        own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+        found: dict[int, Any] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                found[storage._cdata] = storage
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            sampled(model) if sampled else (contextlib.nullcontext()),
+        ):
+            self.train(model, torch.arange(self.BATCH))
+        return sum(storage.nbytes() for storage in found.values())
 
     def run(
         self,
         optimizer: Callable[[Any, float], Any] | str,
         rates: Sequence[float],
         *,
-        gradient: Any = None,
+        gradient: str = "",
         change: Callable[[nn.Module], Any] | None = None,
     ) -> Pretrained:
         """Train from nothing, at the best of the rates.
 
         Args:
             optimizer: an update rule with its fields, or what makes an optimiser from the model and a rate.
+            gradient: an estimator with its fields; empty: the backward pass.
             change: done to the fresh model before it is trained.
         """
         found = [self._once(optimizer, rate, gradient, change) for rate in rates]
@@ -106,6 +158,7 @@ class Pretraining:
     def _once(self, optimizer: Any, rate: float, gradient: Any, change: Any) -> tuple[float, Pretrained]:
         from trimtab.core.plan import parse_method
         from trimtab.engine.train import Recipe, train
+        from trimtab.parts.gathering import Means
         from trimtab.parts.integer_weight import hold
         from trimtab.parts.stepping import Stepping
 
@@ -116,14 +169,15 @@ class Pretraining:
             rule: Any = parse_method(optimizer)
             held = hold(model, rule.rounding) if rule.integers else {}
             trained = [p for p in model.parameters() if p.requires_grad]
-            optimiser: Any = Stepping(trained, rule, rate, seed=self.seed, held=held)
+            means = Means(model) if "inputs" in rule.needs() else None
+            optimiser: Any = Stepping(trained, rule, rate, seed=self.seed, held=held, means=means)
         else:
             optimiser = optimizer(model, rate)
         recipe = Recipe(self.steps, self.BATCH, rate=rate, recompute=0.0, seed=self.seed)
         marks = [time.process_time()]
         done = train(
             *(model, self.train, len(self.train), recipe, optimiser),
-            gradient=gradient,
+            gradient=parse_method(gradient) if gradient else None,  # type: ignore[arg-type]
             watch=lambda step, loss: marks.append(time.process_time()),
         )
         steps = [b - a for a, b in itertools.pairwise(marks[1:])]
@@ -161,6 +215,20 @@ def loss_of(model: nn.Module, data: Any) -> float:
             value, n = data(model, places)
             total, count = total + float(value), count + n
     return total / count
+
+
+@cache
+def _prose() -> Tensor:
+    """Windows of bytes of Python's reference, its topics in an order of their own."""
+    import hashlib
+    from importlib import import_module
+
+    import torch
+
+    topics = import_module("pydoc_data.topics").topics
+    names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
+    found = torch.frombuffer(bytearray("".join(topics[n] for n in names).encode()), dtype=torch.uint8)
+    return found[: len(found) // Pretraining.LENGTH * Pretraining.LENGTH].view(-1, Pretraining.LENGTH).long()
 
 
 @cache

@@ -18,7 +18,8 @@ from trimtab.adapting import Progress, compared, material, open_base, scored, wi
 from trimtab.core.budget import parse_bytes
 from trimtab.core.errors import UserError
 from trimtab.core.journal import commit_folder, write_atomic, writing
-from trimtab.core.method import Estimator, Method, Optimiser, Policy
+from trimtab.core.level import parse_level
+from trimtab.core.method import Estimator, Method, Optimiser, Policy, Wrapper
 from trimtab.core.plan import parse_method
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ PARTS: dict[str, tuple[type[Method], str]] = {
     "optimizer": (Optimiser, "updates no parameters"),
     "gradient": (Estimator, "estimates no gradient"),
     "freeze": (Policy, "freezes nothing"),
+    "form": (Wrapper, "is no form of a matrix"),
 }
 
 
@@ -44,6 +46,8 @@ class Request:
         optimizer: name of an update rule with its fields.
         gradient: name of an estimator of gradients; None: the backward pass.
         freeze: name of a policy of frozen layers; None: nothing is frozen.
+        form: name of what stands for each matrix of the blocks; None: the matrix itself.
+        level: of the form, like `r16`.
         fresh: begin with weights drawn anew from the model's configuration.
         memory: most memory of the process; None: no limit.
         length: tokens of a window.
@@ -56,6 +60,8 @@ class Request:
     optimizer: str = "apollo-mini"
     gradient: str | None = None
     freeze: str | None = None
+    form: str | None = None
+    level: str = "r16"
     fresh: bool = False
     memory: str | int | None = None
     length: int = 256
@@ -71,6 +77,9 @@ class Request:
     def __post_init__(self) -> None:
         for name in PARTS:
             self.part(name)
+        parse_level(self.level)
+        if self.form and not self.fresh:
+            raise UserError(f"{self.form} forgets the weights that it stands for; train from nothing with --fresh")
         if self.memory is not None:
             parse_bytes(self.memory, "memory")
         self.recipe()
@@ -143,7 +152,9 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     from trimtab.engine.freezing import Freezing
     from trimtab.engine.measure import peak_bytes
     from trimtab.engine.train import train as loop
+    from trimtab.parts.gathering import Means
     from trimtab.parts.integer_weight import hold, release
+    from trimtab.parts.sparse_factors import SparseFactors
     from trimtab.parts.stepping import Stepping
 
     started = time.perf_counter()
@@ -151,16 +162,19 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     data = material(base, request)
     rule, recipe, plan = request.part("optimizer"), request.recipe(), None
     before = scored(base.model, data)
+    if request.form:
+        formed(base, request.part("form"), request.level, request.seed)
     held = hold(base.model, rule.rounding) if rule.integers else {}
     trained = list(base.model.requires_grad_(True).parameters())
     state = sum(rule.state_bytes(tuple(p.shape)) for p in trained)
     if request.memory is not None:
         state += sum(p.nbytes for p in trained)  # and the gradients
         recipe, plan = within(parse_bytes(request.memory, "memory"), base.model, data, recipe, trained, state)
-    optimiser = Stepping(trained, rule, request.rate, request.decay, request.seed, held)
+    means = Means(base.model) if "inputs" in rule.needs() else None
+    optimiser = Stepping(trained, rule, request.rate, request.decay, request.seed, held, means)
     policy = request.part("freeze")
     freezing = policy and Freezing(base.model, blocks_of(base), policy, optimiser, recipe.steps, request.seed)
-    asked = ("model", "optimizer", "gradient", "freeze", "fresh", "length")
+    asked = ("model", "optimizer", "gradient", "freeze", "form", "level", "fresh", "length")
     done = loop(
         *(base.model, data.train, len(data.train), recipe, optimiser, out),
         gradient=request.part("gradient"),
@@ -172,7 +186,11 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     after = scored(base.model.requires_grad_(True), data)
     folder, weights = out / "model", sum(t.untyped_storage().nbytes() for t in trained)
     weights += sum(h.nbytes for h in held.values())
+    weights += sum(b.nbytes for m in base.model.modules() if isinstance(m, SparseFactors) for b in m.buffers())
     release(base.model)
+    for path, module in list(base.model.named_modules()):
+        if isinstance(module, SparseFactors):
+            base.model.set_submodule(path, module.merged())
     size = write_model(base, folder)
     report = {
         **{k: getattr(request, k) for k in asked},
@@ -211,6 +229,23 @@ def opened(request: Request) -> Base:
     return base
 
 
+def formed(base: Base, form: Wrapper, level: str, seed: int) -> None:
+    """Put a form of a matrix in place of every linear of the blocks.
+
+    Raises:
+        UserError: the level does not fit a linear, which the message names.
+    """
+    import torch
+
+    for i, site in enumerate(s for s in base.sites if s.kind == "linear" and s.block is not None):
+        rng = torch.Generator().manual_seed(seed * 100_003 + i)
+        try:
+            made = form.wrap(base.model.get_submodule(site.path), parse_level(level), rng=rng)
+        except UserError as error:
+            raise UserError(f"{site.path}: {error}") from error
+        base.model.set_submodule(site.path, made)
+
+
 def blocks_of(base: Base) -> dict[str, int]:
     """Every module that lies in a block, with the index of the block."""
     roots: dict[str, int] = {}
@@ -229,6 +264,9 @@ def blocks_of(base: Base) -> dict[str, int]:
 
 def write_model(base: Base, folder: Path) -> int:
     """Write a model as a plain folder of Hugging Face, with its tokenizer: all or nothing; its bytes on disk."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     temporary = folder.with_name(f".{folder.name}.part")
     with writing(folder):
         shutil.rmtree(temporary, ignore_errors=True)

@@ -20,6 +20,8 @@ def command(
     ] = "apollo-mini",
     gradient: Annotated[str | None, typer.Option(help="in place of the backward pass, like mezo or wta-crs")] = None,
     freeze: Annotated[str | None, typer.Option(help="which layers are frozen when, like lisa")] = None,
+    form: Annotated[str | None, typer.Option(help="what stands for each matrix of the blocks, like sltrain")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="rank of the form")] = 16,
     fresh: Annotated[bool, typer.Option("--fresh", help="begin with weights drawn anew")] = False,
     memory: Annotated[str | None, typer.Option(help="peak memory of the training, like 6GB")] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 100,
@@ -40,7 +42,8 @@ def command(
     from trimtab.training import train
 
     asked: dict[str, Any] = {
-        **{"optimizer": optimizer, "gradient": gradient, "freeze": freeze, "fresh": fresh, "memory": memory},
+        **{"optimizer": optimizer, "gradient": gradient, "freeze": freeze, "form": form},
+        **{"level": f"r{rank}", "fresh": fresh, "memory": memory},
         **{"steps": steps, "batch": batch, "rate": rate, "decay": decay, "length": length, "pack": pack},
         **{"skip_bad": skip_bad, "every": every, "seed": seed},
     }

@@ -252,7 +252,9 @@ class Optimiser(Method):
     (`trimtab.parts.stepping`, a `torch.optim.Optimizer`) applies `param <- (1 - lr * decay) param - lr * direction`.
     State tensors are updated in place and never made anew; numbers of the state are ints and floats, `step` among them.
     Keyword-only parameters: `rng`, a generator seeded by the run's seed, the parameter's place and its step; `seed`,
-    the run's. A rule with `integers` trains linears whose weights are kept in 8 bits alone, and has a field `rounding`.
+    the run's; `inputs` and `errors`, means over rows of what the linear of this weight read, and of the gradients that
+    came back to it, or None where it is no linear's. A rule with `integers` trains linears whose weights are kept in 8
+    bits alone, and has a field `rounding`.
     """
 
     verb = "step"

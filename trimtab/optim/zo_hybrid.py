@@ -22,6 +22,7 @@ class ZOHybrid(Estimator):
     Args:
         last: k (1).
         eps: step to either side of the rest (1e-3).
+        gain: what the exact gradient is multiplied by (1): one rate serves both, and forward passes bear a far smaller.
 
     Raises:
         UserError: k below 1, or no block is left for forward passes; eps is not above 0.
@@ -39,6 +40,7 @@ class ZOHybrid(Estimator):
 
     last: int = 1
     eps: float = 1e-3
+    gain: float = 1.0
 
     streams: ClassVar[bool] = True
     card = Card(
@@ -71,6 +73,7 @@ class ZOHybrid(Estimator):
             for param in rest.values():
                 param.requires_grad_(True)
         loss = float(mean.detach())
+        exact = tuple(grad.mul_(self.gain) for grad in exact)
         del parts, mean
         model.eval()  # a loss must not hang on what dropout draws
         seed = draw(rng)

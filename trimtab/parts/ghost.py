@@ -26,14 +26,15 @@ def linear_square(x: Tensor, g: Tensor) -> Tensor:
     tensor([180., 180.])
     """
     if x.shape[1] ** 2 <= x.shape[2] * g.shape[2]:
-        return (torch.bmm(x, x.mT) * torch.bmm(g, g.mT)).sum((1, 2))
+        x, g = x.double(), g.double()  # pairs cancel
+        return (torch.bmm(x, x.mT) * torch.bmm(g, g.mT)).sum((1, 2)).float()
     return torch.stack([(g[i].T @ x[i]).square().sum() for i in range(len(x))])
 
 
 def lookup_square(tokens: Tensor, g: Tensor) -> Tensor:
     """The same for an embedding, from `tokens [items, tokens]` and `g [items, tokens, width]`."""
-    same = tokens[:, :, None] == tokens[:, None, :]
-    return (torch.bmm(g, g.mT) * same).sum((1, 2))
+    same, g = tokens[:, :, None] == tokens[:, None, :], g.double()
+    return (torch.bmm(g, g.mT) * same).sum((1, 2)).float()
 
 
 def crossed(tokens: Tensor, g: Tensor, x: Tensor, back: Tensor) -> Tensor:
@@ -51,6 +52,8 @@ class Ghosts:
         self.model = model
         self.squares = torch.zeros(0)
         self.names = {id(p): n for n, p in model.named_parameters()}
+        weights = [id(p) for m in model.modules() for _, p in _own(m)]
+        self._common = {key for key in weights if weights.count(key) > 1}
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
         self._seen: set[str] = set()
         self._waiting: set[str] = set()
@@ -116,6 +119,8 @@ class Ghosts:
 
     def _shared(self, weight: nn.Parameter, x: Tensor, g: Tensor, lookup: bool) -> Tensor:
         """Twice the product with what another module did with the same matrix; later than it, for backward is."""
+        if id(weight) not in self._common:
+            return torch.zeros(len(g))
         before = self._read.get(id(weight))
         self._read[id(weight)] = (x, g)
         if before is None:

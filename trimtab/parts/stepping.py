@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.method import Optimiser
+from trimtab.parts.gathering import Means
 from trimtab.parts.integer_weight import Held
 
 
@@ -22,6 +23,7 @@ class Stepping(torch.optim.Optimizer):
         method: the update rule.
         lr: learning rate.
         weight_decay: decoupled.
+        means: of what linears read and get back, for a rule that asks for them.
         held: parameters that stand for weights of 8 bits, see `parts.integer_weight`.
         seed: of everything random: what is drawn for a parameter follows from seed, its place and its step alone, so
             that a run that goes on from a checkpoint draws the same.
@@ -44,10 +46,17 @@ class Stepping(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         held: Mapping[Any, Held] | None = None,
+        means: Means | None = None,
     ) -> None:
         if not lr >= 0 or not weight_decay >= 0:
             raise UserError(f"lr={lr} and weight_decay={weight_decay} were given; neither may be negative")
         self.method, self.seed, self.needs, self.held = method, seed, method.needs(), dict(held or {})
+        if "inputs" in self.needs and means is None:
+            raise UserError(
+                f"{method.card.name} needs what linears read and get back; give means=Means(model), of "
+                "`trimtab.parts.gathering`"
+            )
+        self.means = means
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -75,6 +84,8 @@ class Stepping(torch.optim.Optimizer):
         given: dict[str, Any] = {"seed": self.seed} if "seed" in self.needs else {}
         if "rng" in self.needs:
             given["rng"] = self._rng(place, int(state["step"]))
+        if self.means is not None and "inputs" in self.needs:
+            given |= dict(zip(("inputs", "errors"), self.means.take(param), strict=True))
         direction = self.method.step(param.grad, state, target, **given)
         if group["weight_decay"]:
             target.mul_(1 - group["lr"] * group["weight_decay"])
