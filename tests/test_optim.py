@@ -249,7 +249,7 @@ def test_a_settled_subspace_is_found_more_rarely() -> None:
 def test_inverses_changed_by_one_rank_are_the_inverses_of_the_factors() -> None:
     layer = nn.Linear(12, 7, bias=False)
     means = Means(layer)
-    optimiser = trimtab.optimizer(layer.parameters(), "mkor", lr=1e-3, means=means, gamma=0.8)
+    optimiser = trimtab.optimizer(layer.parameters(), "mkor", lr=1e-3, means=means, gamma=0.8, every=1)
     factors, rng = [torch.eye(7), torch.eye(12)], torch.Generator().manual_seed(0)
     for _ in range(6):
         x = torch.randn(5, 12, generator=rng)

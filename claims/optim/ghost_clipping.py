@@ -52,7 +52,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
 
     keep_freed_memory(1 << 16)  # what is freed goes back, so that each peak is its own
     one = [torch.autograd.grad(data.items(model, items[i : i + 1]).sum(), list(named.values())) for i in range(BATCH)]
-    lengths = torch.stack([torch.cat([g.flatten() for g in grads]).norm() for grads in one])
+    lengths = torch.tensor([sum(float(g.double().square().sum()) for g in grads) ** 0.5 for grads in one])
     limit = float(lengths.median()) / 2
     factors = (limit / lengths).clamp_max(1.0)
     wanted = [sum(f * grads[k] for f, grads in zip(factors, one, strict=True)) / BATCH for k in range(len(named))]
@@ -67,8 +67,8 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     chosen: Any = parse_method(f"ghost-clipping(limit={limit!r})")
     (_, found), ghost = peak(lambda: chosen.estimate(model, [losses], rng=torch.Generator().manual_seed(seed)))
     found = dict(found)
-    off = sum(float((found[n] - w).square().sum()) for n, w in zip(named, wanted, strict=True)) ** 0.5
-    size = sum(float(w.square().sum()) for w in wanted) ** 0.5
+    off = sum(float((found[n] - w).double().square().sum()) for n, w in zip(named, wanted, strict=True)) ** 0.5
+    size = sum(float(w.double().square().sum()) for w in wanted) ** 0.5
     del found
     held = lambda: [torch.autograd.grad(v, list(named.values()), retain_graph=True) for v in losses()]  # noqa: E731
     _, explicit = peak(held)

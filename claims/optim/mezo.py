@@ -7,7 +7,7 @@ from typing import Any
 from trimtab.core.claim import Check, Claim
 from trimtab.pretraining import MOVED, loss_of
 
-PASSES = 300
+PASSES = 240
 TABLE: dict[str, tuple[str, str, int, tuple[float, ...]]] = {
     "sgd": ("sgd", "mezo", 2, (3e-4, 1e-3)),
     "momentum": ("sgd(momentum=0.9)", "mezo", 2, (1e-4,)),

@@ -48,7 +48,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
         seconds[f"invert_{width}"] = least(partial(torch.linalg.inv, matrix))
         seconds[f"change_{width}"] = least(partial(rank_one, matrix, vector, 0.9))
     bench = lab.pretraining(seed, steps=200)
-    ours, momentum = bench.run("mkor", (0.03, 0.1)), bench.run("sgd(momentum=0.9)", (0.1, 0.2))
+    ours, momentum = bench.run("mkor", (0.05, 0.1)), bench.run("sgd(momentum=0.9)", (0.1, 0.2))
     target = smooth(momentum.course)[-1]
     return {
         "error": float((inverse.double() - wanted).norm() / wanted.norm()),

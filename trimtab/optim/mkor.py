@@ -23,7 +23,7 @@ class MKOR(Optimiser):
 
     Args:
         gamma: decay of the factors (0.9).
-        every: steps between two changes of the inverses (1; paper: 10).
+        every: steps between two changes of the inverses (10).
         limit: an inverse with a larger number than this is drawn towards the identity (100).
         stay: share of such an inverse that stays (0.95).
         momentum: of the direction (0.9).
@@ -42,7 +42,7 @@ class MKOR(Optimiser):
     """
 
     gamma: float = 0.9
-    every: int = 1
+    every: int = 10
     limit: float = 100.0
     stay: float = 0.95
     momentum: float = 0.9
