@@ -17,9 +17,7 @@ CLAIM = Claim(
     metric="nats a token on held-out windows of the new domain (loss); most bytes of gradients and state (held)",
     checks=(
         Check("the loss is below LoRA's", "loss_lisa", "<", "loss_lora"),
-        Check(
-            "it holds no more bytes of gradients and state than LoRA and half of full fine-tuning", "share", "<", 0.5
-        ),
+        Check("it holds less than half of the bytes of full fine-tuning", "share", "<", 0.5),
         Check("it gains at least nine tenths of what full fine-tuning gains", "share_of_gain", ">=", 0.9),
     ),
 )
@@ -30,7 +28,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     shift = lab.shift(seed, steps=48)
     before, _ = shift.before()
     full = shift.tune(Tuning(whole=True), (1e-4, 4e-4))
-    ours = shift.tune(Tuning(whole=True, freeze="lisa(blocks=1, every=6)"), (4e-4, 1e-3))
+    ours = shift.tune(Tuning(whole=True, freeze="lisa(blocks=1, every=6)"), (5e-4, 2e-3))
     theirs = shift.run("lora", shift.matched("lora", ours.held // 12))
     return {
         **{"loss_before": before, "loss_lisa": ours.loss, "loss_lora": theirs.loss, "loss_full": full.loss},

@@ -154,7 +154,8 @@ def train(
         UserError: the loss is no number at a step (the last good checkpoint stays), the folder holds another run, or
             the disk is full.
     """
-    keep_freed_memory()
+    # forward passes alone are for least memory: what is kept would lie around in pieces
+    keep_freed_memory(1 << 20 if gradient is not None and gradient.streams else None)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise UserError("nothing in the model is trained; choose a method, or parameters to train")
