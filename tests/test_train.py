@@ -98,6 +98,12 @@ def test_weights_of_8_bits_are_trained_and_a_run_goes_on_with_the_same_bytes(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_classifier_is_trained_by_forward_passes_too(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"gradient": "mezo", "optimizer": "sgd", "steps": 2, "batch": 16, "rate": 1e-6}
+    made = train("pocket-vit", out=tmp_path / "run", **options)
+    assert made.report["metric"] == "accuracy" and (made.folder / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -246,7 +246,9 @@ def _estimated(
 
     given = {"rng": torch.Generator().manual_seed(recipe.seed * 1_000_003 + step), "rate": recipe.rate_at(step)}
     parts = [partial(items, part) for part in places.split(recipe.micro or recipe.batch)]
-    return gradient.estimate(model, parts, **{k: given[k] for k in gradient.needs()})
+    found = gradient.estimate(model, parts, **{k: given[k] for k in gradient.needs()})
+    training_mode(model)  # forward passes alone are those of inference
+    return found
 
 
 def _streamed(
