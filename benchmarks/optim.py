@@ -3,8 +3,8 @@
 The parameters are those of a Llama of 119.6 million weights (width 768, 12 blocks), with random gradients, in fp32. One
 optimiser after the other is made and steps; figures are medians, `longest` is the longest step over the median, those
 that find new projections among them. `state_bytes` are counted, `state_to_adamw` is the state of all but embedding and
-head, as a share of AdamW's. `ratio` is the step's time over the authors'. A JSON line is printed and appended to
-records/benchmarks/optim.jsonl.
+head, as a share of AdamW's. `ratio` is the step's time over the authors'. `buckets` is APOLLO that projects by buckets
+in place of products. A JSON line is printed and appended to records/benchmarks/optim.jsonl.
 
     python benchmarks/optim.py          # five minutes, 8 GB of memory
     python benchmarks/optim.py --small  # two blocks, to see that it runs; nothing is recorded
@@ -74,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="two blocks; nothing is recorded")
     parser.add_argument("--steps", type=int, default=17)
+    parser.add_argument("--only", default="", help="names that hold this text alone")
     asked = parser.parse_args()
 
     from trimtab.catalogue import keep_benchmark
@@ -83,12 +84,14 @@ def main() -> None:
         "torch adamw fused": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
         "ours adamw": ours("adamw", {}),
         "ours apollo": ours("apollo", {"rank": RANK, "every": EVERY}),
+        "ours apollo buckets": ours("apollo", {"rank": RANK, "every": EVERY, "projection": "buckets"}),
         "ours apollo-mini": ours("apollo-mini", {"every": EVERY}),
         "ours galore": ours("galore", {"rank": RANK, "every": EVERY}),
     }
     for name, package in PEERS.items():
         if importlib.util.find_spec(package) is not None:
             made[f"authors' {name}"] = theirs(name)
+    made = {name: make for name, make in made.items() if asked.only in name}
     found: dict[str, dict[str, float]] = {}
     for name, make in made.items():  # one at a time in memory; what is compared lies in one run
         rng = torch.Generator().manual_seed(0)
@@ -107,14 +110,15 @@ def main() -> None:
             **{"seconds": float(f"{median:.4g}"), "longest": float(f"{max(spent[1:]) / median:.3g}")},
             **{"state_bytes": sum(state), "state_to_adamw": float(f"{sum(state[2:]) / inner:.4g}")},
         }
-    for name in PEERS:
-        if (peer := found.get(f"authors' {name}")) is not None:
-            found[f"ours {name}"]["ratio"] = float(f"{found[f'ours {name}']['seconds'] / peer['seconds']:.3g}")
-    row = {
+    for name, row in found.items():
+        peer = found.get(f"authors' {name.removeprefix('ours ').removesuffix(' buckets')}")
+        if name.startswith("ours ") and peer is not None:
+            row["ratio"] = float(f"{row['seconds'] / peer['seconds']:.3g}")
+    said = {
         **{"benchmark": "optim", "blocks": blocks, "rank": RANK, "every": EVERY, "threads": torch.get_num_threads()},
         **{"found": found, "load_at_start": round(load, 1)},
     }
-    keep_benchmark(row, kept=not asked.small)
+    keep_benchmark(said, kept=not asked.small)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,10 @@ STATISTICS = {
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
     "wrap": {"gram", "mean", "absmean", "grad", "rng"},
-    "step": {"rng", "seed"},
+    "step": {"rng", "seed", "inputs", "errors"},
+    "estimate": {"rng", "rate"},
     "loss": {"features"},
-    "decide": {"rng"},
+    "decide": {"rng", "changes"},
     "store": set(),
 }
 

@@ -177,7 +177,7 @@ def test_bad_data_and_bad_adapters_are_refused(tiny: str, data: Path, tmp_path: 
     (tmp_path / "bad.jsonl").write_text(data.read_text() + '{"text": \n')
     said = cli("adapt", tiny, "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "run", "-q")
     assert said.code == 2 and "--skip-bad" in said.err and not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="nothing to adapt to"):
+    with pytest.raises(UserError, match="nothing to train on"):
         adapt(tiny, out=tmp_path / "run", **OPTIONS)
     with pytest.raises(UserError, match="already holds a run"):
         adapt(tiny, str(data), level="r4", out=run.folder.parent, **OPTIONS)

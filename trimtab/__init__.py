@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trimtab.loading import Loaded, load
     from trimtab.merging import merge
     from trimtab.optimising import optimizer
+    from trimtab.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,9 +33,13 @@ __all__ = [
     "load",
     "merge",
     "optimizer",
+    "train",
 ]
 
-_WHERE = {"fit": "fitting", "Fit": "fitting", "load": "loading", "Loaded": "loading", "optimizer": "optimising"}
+_WHERE = {
+    **{"fit": "fitting", "Fit": "fitting", "load": "loading", "Loaded": "loading"},
+    **{"optimizer": "optimising", "train": "training"},
+}
 _FAMILIES = ("adapt", "merge")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trimtab.core.budget import parse_bytes, say_bytes
 from trimtab.core.errors import BudgetError, UserError
@@ -260,7 +260,20 @@ def chosen_sites(base: Base, targets: Sequence[str], chosen: Wrapper) -> list[Si
 # ---- the data
 
 
-def material(base: Base, request: Request) -> Material:
+class DataAsked(Protocol):
+    """What is asked of the data, see `Request`."""
+
+    @property
+    def data(self) -> str | None: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def pack(self) -> bool: ...
+    @property
+    def skip_bad(self) -> bool: ...
+
+
+def material(base: Base, request: DataAsked) -> Material:
     """The data as items to train on and items kept apart.
 
     Raises:
@@ -273,9 +286,9 @@ def material(base: Base, request: Request) -> Material:
     if base.task == "classification":
         return _labelled(base, request)
     if base.task != "causal-lm":
-        raise UserError(f"{base.name} is for {base.task}; causal language models and classifiers can be adapted")
+        raise UserError(f"{base.name} is for {base.task}; causal language models and classifiers can be trained")
     if request.data is None:
-        raise UserError("there is nothing to adapt to; give JSON lines or a text file with --data")
+        raise UserError("there is nothing to train on; give JSON lines or a text file with --data")
     from trimtab.tasks.examples import read_examples, split_examples, windows
 
     length = min(request.length, base.context or request.length)
@@ -308,7 +321,7 @@ def _known_tokens(base: Base, tokens: Tensor) -> None:
         )
 
 
-def _labelled(base: Base, request: Request) -> Material:
+def _labelled(base: Base, request: DataAsked) -> Material:
     from trimtab.tasks.build import task_for
     from trimtab.tasks.training import Prediction
 
@@ -413,7 +426,8 @@ class _Job:
         wrap_all(base, data, sites, chosen, level, request.seed)
         trained = [p for p in base.model.parameters() if p.requires_grad]
         if request.memory is not None:
-            recipe, plan = _within(parse_bytes(request.memory, "memory"), base.model, data, recipe, trained)
+            state = 3 * sum(p.nbytes for p in trained)  # gradients and both moments
+            recipe, plan = within(parse_bytes(request.memory, "memory"), base.model, data, recipe, trained, state)
         optimiser = torch.optim.AdamW(trained, lr=request.rate, weight_decay=request.decay, fused=True)
         identity = {
             **{"model": request.model, "hash": base.hash, "data": data.hash, "method": name, "level": request.level},
@@ -437,7 +451,7 @@ class _Job:
             **{"sites": [s.path for s in sites], "trained": numbers, "trained_bytes": 4 * numbers},
             **{"items": len(data.train), "held_out": len(data.apart), "steps": recipe.steps},
             **{"recipe": asdict(recipe), "memory": plan, "notes": data.notes},
-            **_compared(data, before, after),
+            **compared(data, before, after),
             **{"adapter": str(folder), "adapter_bytes": size, "saved_bytes": done.saved_bytes},
             **{"peak_bytes": peak_bytes(), "loss": done.log[-1]["loss"] if done.log else None},
             **{"seconds": time.perf_counter() - self.started},
@@ -526,7 +540,8 @@ def scored(model: nn.Module, data: Material) -> Scores:
     return parts[0].join(parts)
 
 
-def _compared(data: Material, before: Scores, after: Scores) -> dict[str, Any]:
+def compared(data: Material, before: Scores, after: Scores) -> dict[str, Any]:
+    """A report's entries on the items kept apart: both values with intervals, their paired difference, the verdict."""
     from trimtab.tasks.base import bootstrap
 
     task, amounts = data.task, data.apart.amounts
@@ -544,13 +559,16 @@ def _compared(data: Material, before: Scores, after: Scores) -> dict[str, Any]:
 # ---- memory
 
 
-def _within(
-    limit: int, model: nn.Module, data: Material, recipe: Recipe, trained: Sequence[nn.Parameter]
+def within(
+    limit: int, model: nn.Module, data: Material, recipe: Recipe, trained: Sequence[nn.Parameter], state: int
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe changed so that the process stays within a limit: first by what costs time alone, then by codecs.
 
     One item is passed through once with each setting; what a step needs is what is held now, gradients and the
     optimiser's state, and the measured bytes of each item that is in flight.
+
+    Args:
+        state: bytes of the gradients and the optimiser's state.
 
     Raises:
         BudgetError: nothing fits; the message says what would.
@@ -564,7 +582,6 @@ def _within(
 
     keep_freed_memory()
     training_mode(model)
-    state = 3 * sum(p.numel() * p.element_size() for p in trained)
     one = torch.zeros(1, dtype=torch.int64)
     codec, share = LADDER[-1]
     with Saver([*model.parameters(), *model.buffers()], codec, share):  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trimtab.engine.apply import Applied
     from trimtab.models.source import Source
+    from trimtab.pretraining import Pretraining
     from trimtab.tasks.base import Scores
 
 
@@ -132,6 +133,12 @@ class Bench:
         return collect(stream, dict.fromkeys(stream.sites, names), run)
 
 
+TUNED = (
+    "The shipped language model of Python code, fine-tuned by 4 windows of 64 tokens a step to the prose of Python's "
+    "reference; the better of two rates each, by windows that the training leaves out"
+)
+
+
 @dataclass(frozen=True)
 class Adapted:
     """What an adaptation made of a model.
@@ -144,6 +151,7 @@ class Adapted:
         saved: most bytes kept for a backward pass.
         seconds: processor time of a step, the median.
         first: cosine of the first step's change of all adapted matrices with what the full gradient asks for.
+        held: most bytes of gradients and of the optimiser's state after a step.
     """
 
     loss: float
@@ -153,6 +161,24 @@ class Adapted:
     saved: int
     seconds: float
     first: float
+    held: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a copy is fine-tuned where nothing is put around its matrices.
+
+    Fields:
+        optimizer, gradient, freeze: as `trimtab train` takes them, or methods; no optimizer: torch's fused AdamW.
+        whole: all parameters are trained, and not the linears of the blocks alone.
+        codec: how what autograd keeps is kept.
+    """
+
+    optimizer: str = ""
+    gradient: Any = ""
+    freeze: Any = ""
+    whole: bool = False
+    codec: Any = "exact"
 
 
 class Shift:
@@ -253,9 +279,15 @@ class Shift:
 
     def full(self) -> Adapted:
         """Full fine-tuning of all linears of the blocks, for comparison."""
-        return min((self._run("", "", "new", rate) for rate in (1e-4, 4e-4)), key=lambda pair: pair[0])[1]
+        return self.tune(Tuning(), (1e-4, 4e-4))
 
-    def _run(self, method: str, level: str, context: str, rate: float) -> tuple[float, Adapted]:
+    def tune(self, tuning: Tuning, rates: tuple[float, ...]) -> Adapted:
+        """Fine-tune a fresh copy at the best of the rates."""
+        return min((self._run("", "", "new", rate, tuning) for rate in rates), key=lambda pair: pair[0])[1]
+
+    def _run(
+        self, method: str, level: str, context: str, rate: float, tuning: Tuning = Tuning()
+    ) -> tuple[float, Adapted]:
         import statistics
         import time
 
@@ -264,8 +296,11 @@ class Shift:
         from trimtab.adapting import chosen_sites, open_base, wrap_all
         from trimtab.core.level import parse_level
         from trimtab.core.plan import parse_method
+        from trimtab.engine.freezing import Freezing
         from trimtab.engine.train import Recipe, train
         from trimtab.models.adapter import frames
+        from trimtab.parts.stepping import Stepping
+        from trimtab.training import blocks_of
 
         base = open_base(self.model)
         if method:
@@ -273,24 +308,40 @@ class Shift:
             sites = chosen_sites(base, (), chosen)
             about = self.knowing if context == "code" else self.choosing
             wrap_all(base, about, sites, chosen, parse_level(level), self.seed)
+        elif tuning.whole:
+            base.model.requires_grad_(True)
         else:
             for site in base.sites:
                 if site.kind == "linear" and site.block is not None:
                     base.model.get_submodule(site.path).weight.requires_grad_(True)
         trained = [p for p in base.model.parameters() if p.requires_grad]
-        recipe = Recipe(self.steps, self.BATCH, rate=rate, recompute=0.0, seed=self.seed)
-        optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
-        marks, first = [time.process_time()], [0.0]
+        recipe = Recipe(self.steps, self.BATCH, rate=rate, recompute=0.0, seed=self.seed, codec=tuning.codec)
+        optimiser: torch.optim.Optimizer
+        if tuning.optimizer:
+            optimiser = Stepping(trained, parse_method(tuning.optimizer), rate, seed=self.seed)  # type: ignore[arg-type]
+        else:
+            optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
+        gradient, policy = _made(tuning.gradient), _made(tuning.freeze)
+        freezing = Freezing(base.model, blocks_of(base), policy, optimiser, self.steps, self.seed) if policy else None
+        marks, first, held = [time.process_time()], [0.0], [0]
         adapted = frames(base.model)
         linear = all(frame.factored() is not None for frame in adapted.values())
         start = {path: frame.delta() for path, frame in adapted.items()} if linear else {}
 
         def watch(step: int, loss: float) -> None:
             marks.append(time.process_time())
+            grads = sum(p.grad.nbytes for p in trained if p.grad is not None)
+            state = sum(v.nbytes for s in optimiser.state.values() for v in s.values() if hasattr(v, "nbytes"))
+            held[0] = max(held[0], grads + state)
             if step == 1 and start:
                 first[0] = self._along({path: adapted[path].delta() - start[path] for path in start})
 
-        done = train(base.model, self.train, len(self.train), recipe, optimiser, watch=watch)
+        done = train(
+            *(base.model, self.train, len(self.train), recipe, optimiser),
+            gradient=gradient,
+            freezing=freezing,
+            watch=watch,
+        )
         steps = [b - a for a, b in itertools.pairwise(marks[1:])]
         found = Adapted(
             loss=self._loss(base.model, self.judging),
@@ -300,6 +351,7 @@ class Shift:
             saved=done.saved_bytes,
             seconds=statistics.median(steps),
             first=first[0],
+            held=held[0],
         )
         return self._loss(base.model, self.choosing), found
 
@@ -323,6 +375,12 @@ class Shift:
 
         scores = scored(model, what)
         return float(scores.nll.sum() / scores.count.sum())
+
+
+def _made(method: Any) -> Any:
+    from trimtab.core.plan import parse_method
+
+    return parse_method(method) if isinstance(method, str) and method else method or None
 
 
 class Lab:
@@ -361,6 +419,14 @@ class Lab:
         shift = Shift(seed, **options)
         self.hashes |= {shift.model: shift._opened.hash, "reference": shift.hash}
         return shift
+
+    def pretraining(self, seed: int = 0, **options: Any) -> Pretraining:
+        """A small language model that learns from nothing, see `Pretraining`."""
+        from trimtab.pretraining import Pretraining
+
+        bench = Pretraining(seed, **options)
+        self.hashes |= {"library bytes": bench.hash}
+        return bench
 
 
 def planted(source: Source, modelmap: Any, factor: float, seed: int, channels: int = 4) -> Source:

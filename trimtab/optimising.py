@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trimtab.core.errors import UserError
@@ -19,6 +19,8 @@ def optimizer(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     seed: int = 0,
+    held: Mapping[Any, Any] | None = None,
+    means: Any = None,
     **config: Any,
 ) -> Stepping:
     """An optimiser of the family `optim` for a loop of your own, or for the Trainer of Hugging Face.
@@ -26,6 +28,8 @@ def optimizer(
     Args:
         params: parameters, or groups of them.
         rule: name of a method, or one.
+        held: parameters that stand for weights of 8 bits, as `parts.integer_weight.hold(model)` gives them.
+        means: of what linears read and get back, `parts.gathering.Means(model)`, for a method that asks for them.
         config: fields of the named method, like `rank=64`.
 
     Raises:
@@ -42,4 +46,4 @@ def optimizer(
     made = method(rule, **config) if isinstance(rule, str) else rule
     if not isinstance(made, Optimiser):
         raise UserError(f"{made.card.name} updates no parameters; `trimtab methods --family optim` lists what does")
-    return Stepping(params, made, lr, weight_decay, seed)
+    return Stepping(params, made, lr, weight_decay, seed, held, means)

@@ -50,12 +50,7 @@ def command(
     if json:
         o.print_json(found)
         return
-    for note in found["notes"]:
-        print(note)
-    spans = {k: f"{found[k]['value']:.4g} [{found[k]['low']:.4g}, {found[k]['high']:.4g}]" for k in ("before", "after")}
-    low, high = found["difference"]
-    print(f"{found['metric']} on {found['held_out']} held-out items: {spans['before']} before, {spans['after']} after")
-    print(f"paired difference {low:+.4g} to {high:+.4g} (95 %): {found['verdict']}")
+    o.print_quality(found)
     where = f"on {len(found['sites'])} linears"
     print(f"{found['trained']} numbers trained by {found['method']} at {found['level']} {where}")
     print(f"{found['saved_bytes'] / 1e6:.0f} MB kept for the backward pass, {found['peak_bytes'] / 1e6:.0f} MB peak")

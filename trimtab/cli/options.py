@@ -42,6 +42,16 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
+def print_quality(found: dict[str, Any]) -> None:
+    """Notes of a training, and the metric before and after it on what was kept apart."""
+    for note in found["notes"]:
+        print(note)
+    spans = {k: f"{found[k]['value']:.4g} [{found[k]['low']:.4g}, {found[k]['high']:.4g}]" for k in ("before", "after")}
+    low, high = found["difference"]
+    print(f"{found['metric']} on {found['held_out']} held-out items: {spans['before']} before, {spans['after']} after")
+    print(f"paired difference {low:+.4g} to {high:+.4g} (95 %): {found['verdict']}")
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress line on standard error with the time left; lines at most every few seconds where that is no

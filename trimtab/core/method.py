@@ -14,7 +14,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -252,10 +252,13 @@ class Optimiser(Method):
     (`trimtab.parts.stepping`, a `torch.optim.Optimizer`) applies `param <- (1 - lr * decay) param - lr * direction`.
     State tensors are updated in place and never made anew; numbers of the state are ints and floats, `step` among them.
     Keyword-only parameters: `rng`, a generator seeded by the run's seed, the parameter's place and its step; `seed`,
-    the run's.
+    the run's; `inputs` and `errors`, means over rows of what the linear of this weight read, and of the gradients that
+    came back to it, or None where it is no linear's. A rule with `integers` trains linears whose weights are kept in 8
+    bits alone, and has a field `rounding`.
     """
 
     verb = "step"
+    integers: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, param: Tensor) -> dict[str, Any]:
@@ -268,6 +271,27 @@ class Optimiser(Method):
     @abstractmethod
     def state_bytes(self, shape: tuple[int, ...]) -> int:
         """Exact bytes of the state's tensors for a parameter of this shape."""
+
+
+class Estimator(Method):
+    """`estimate(model, losses, *, ...) -> (loss, gradients)`: a step's gradient, where it is not plain backward's.
+
+    `losses` are callables, one a micro-batch; each gives the losses of its items `[items]`, of the model as it then is.
+    The mean over all items is what is trained. The gradients come as pairs of a parameter's name and its gradient.
+    With `streams` they come one by one, and what came before has been applied when the next is asked for: no two
+    gradients need be there at once. A parameter for which nothing comes stays as it is.
+
+    Keyword-only parameters: `rng`, a generator seeded by the run's seed and the step; `rate`, the step's learning rate.
+    """
+
+    verb = "estimate"
+    streams: ClassVar[bool] = False
+
+    @abstractmethod
+    def estimate(
+        self, model: nn.Module, losses: Sequence[Callable[[], Tensor]], **given: Any
+    ) -> tuple[float, Iterable[tuple[str, Tensor]]]:
+        """The mean loss, and the gradients of the parameters that require one, by name."""
 
 
 class Objective(Method):
@@ -306,7 +330,7 @@ class Cacher(Method):
         """Keys and values `[..., tokens, channels]` in their stored form."""
 
 
-_VERBS = (Solver, Rewriter, Merger, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy, Cacher)
+_VERBS = (Solver, Rewriter, Merger, Allocator, Pricer, Wrapper, Optimiser, Estimator, Objective, Policy, Cacher)
 VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in _VERBS}
 
 

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import Journal, write_atomic, writing
+from trimtab.core.method import Estimator
+from trimtab.engine.freezing import Freezing
 from trimtab.engine.memory import keep_freed_memory
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
+from trimtab.parts.integer_weight import Held
 from trimtab.parts.norms import rms_norm, rms_norms
 from trimtab.parts.saving import Codec, Saver
 
@@ -126,6 +129,8 @@ def train(
     optimiser: torch.optim.Optimizer,
     folder: Path | None = None,
     *,
+    gradient: Estimator | None = None,
+    freezing: Freezing | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -134,11 +139,13 @@ def train(
     """Train what requires a gradient in a model.
 
     Args:
-        loss: see `Loss`.
+        loss: see `Loss`; an estimator takes its method `items`, see `tasks.training.Prediction`.
         items: how many there are.
         optimiser: over the model's trained parameters; its learning rate is set at each step, group by group in
             proportion to what each had at first.
         folder: of the journal, the log and the checkpoints; None: none are written.
+        gradient: where a step's gradient comes from; None: backward of the whole batch's loss.
+        freezing: what is frozen at a step; None: nothing.
         resume: go on with the run in `folder`.
         identity: what the run is of, and what must be the same for it to go on.
         watch: called with each step and its loss.
@@ -147,11 +154,13 @@ def train(
         UserError: the loss is no number at a step (the last good checkpoint stays), the folder holds another run, or
             the disk is full.
     """
-    keep_freed_memory()
+    # forward passes alone are for least memory: what is kept would lie around in pieces
+    keep_freed_memory(1 << 20 if gradient is not None and gradient.streams else None)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise UserError("nothing in the model is trained; choose a method, or parameters to train")
-    book = _Book(folder, resume, {"recipe": asdict(recipe), **(identity or {})}, named, optimiser) if folder else None
+    header = {"recipe": asdict(recipe), **(identity or {})}
+    book = _Book(folder, resume, header, _stored(model, named), optimiser, freezing) if folder else None
     torch.manual_seed(recipe.seed)
     first = book.load() if book else 0
     shares = [group["lr"] / max(optimiser.param_groups[0]["lr"], 1e-30) for group in optimiser.param_groups]
@@ -165,19 +174,36 @@ def train(
             start = time.perf_counter()
             for group, share in zip(optimiser.param_groups, shares, strict=True):
                 group["lr"] = recipe.rate_at(step) * share
+            if freezing:
+                freezing.turn(step)
             places = order(items, recipe.batch, step, recipe.seed)
-            total, count = _gradients(model, loss, places, recipe.micro or recipe.batch, saver, done)
-            mean, norm = total / count, _scaled(named.values(), count, recipe.clip)
+            found: Iterable[tuple[str, Tensor]] = ()
+            if gradient is None:
+                total, count = _gradients(model, loss, places, recipe.micro or recipe.batch, saver, done)
+                mean, norm = total / count, _scaled(named.values(), count, recipe.clip)
+            else:
+                mean, found = _estimated(model, loss, places, step, recipe, gradient, saver)
+                done.saved_bytes = max(done.saved_bytes, saver.peak)
+                norm = 0.0
+                if not gradient.streams:
+                    for name, grad in found:
+                        named[name].grad = grad
+                    norm = _scaled(named.values(), 1, recipe.clip)
             if not (math.isfinite(mean) and math.isfinite(norm)):
                 kept = f"the last good checkpoint, of step {last}, stays in {folder}" if folder else "nothing was saved"
                 raise UserError(
                     f"step {step + 1}: the loss is {mean:.4g} and the gradient's norm {norm:.4g}, which is no number "
                     f"to go on with; {kept}. Train with a lower rate than {recipe.rate:g}, or in fp32"
                 )
-            optimiser.step()
+            if gradient is not None and gradient.streams:
+                norm = _streamed(found, named, optimiser)
+            else:
+                optimiser.step()
             for p in named.values():
                 if p.grad is not None:
                     p.grad.zero_()  # kept, so that no step has to find memory for it again
+            if freezing:
+                freezing.turned()
             done.seconds.append(time.perf_counter() - start)
             row = {"step": step + 1, "loss": mean, "norm": norm, "rate": recipe.rate_at(step)}
             done.log.append(row | {"seconds": done.seconds[-1]})
@@ -207,6 +233,35 @@ def _gradients(
     if not count:
         raise UserError("a batch holds nothing to predict: all of its tokens are prompt; give examples with answers")
     return total, count
+
+
+def _estimated(
+    model: nn.Module, loss: Any, places: Tensor, step: int, recipe: Recipe, gradient: Estimator, saver: Saver
+) -> tuple[float, Iterable[tuple[str, Tensor]]]:
+    """The mean loss of a step's items and the gradients that an estimator gives."""
+
+    def items(part: Tensor) -> Tensor:
+        with saver:
+            return loss.items(model, part)
+
+    given = {"rng": torch.Generator().manual_seed(recipe.seed * 1_000_003 + step), "rate": recipe.rate_at(step)}
+    parts = [partial(items, part) for part in places.split(recipe.micro or recipe.batch)]
+    found = gradient.estimate(model, parts, **{k: given[k] for k in gradient.needs()})
+    training_mode(model)  # forward passes alone are those of inference
+    return found
+
+
+def _streamed(
+    found: Iterable[tuple[str, Tensor]], named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer
+) -> float:
+    """Apply gradients one parameter after the other, each let go before the next; the norm of all of them."""
+    squares = 0.0
+    for name, grad in found:
+        squares += float(grad.float().square().sum())
+        named[name].grad = grad
+        optimiser.step()  # of this parameter alone: no other has a gradient
+        named[name].grad = None
+    return squares**0.5
 
 
 def _scaled(parameters: Iterable[nn.Parameter], count: int, clip: float) -> float:
@@ -246,6 +301,16 @@ def training_mode(model: nn.Module) -> None:
             module.eval()
 
 
+def _stored(model: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The tensors that a checkpoint must hold: what is trained, codes in place of weights of 8 bits."""
+    found: dict[str, Tensor] = dict(named)
+    for path, module in model.named_modules():
+        if isinstance(module, Held):
+            found.pop(f"{path}.weight", None)
+            found |= {f"{path}.{name}": value for name, value in module.named_buffers(recurse=False)}
+    return found
+
+
 class _Book:
     """A run's folder: journal, log, checkpoints."""
 
@@ -254,10 +319,11 @@ class _Book:
         folder: Path,
         resume: bool,
         header: dict[str, Any],
-        named: Mapping[str, nn.Parameter],
+        named: Mapping[str, Tensor],
         optimiser: torch.optim.Optimizer,
+        freezing: Freezing | None,
     ) -> None:
-        self.folder, self.named, self.optimiser = folder, named, optimiser
+        self.folder, self.named, self.optimiser, self.freezing = folder, named, optimiser, freezing
         shapes = {n: list(p.shape) for n, p in named.items()}
         self.journal = Journal(folder, resume, {**header, "trained": shapes})
         self.rows: list[dict[str, Any]] = []
@@ -286,6 +352,8 @@ class _Book:
             state["state"].setdefault(int(index), {}).update(numbers)
         self.optimiser.load_state_dict(state)
         torch.set_rng_state(file.read("rng"))
+        if self.freezing:
+            self.freezing.load(entry["freezing"])
         self._cut(entry["step"])
         return int(entry["step"])
 
@@ -323,6 +391,8 @@ class _Book:
             write_safetensors(tensors.items(), self.folder / file)
         before = self.journal.done.get("checkpoint", {}).get("file")
         entry = {"step": step, "file": file, "groups": state["param_groups"], "numbers": numbers}
+        if self.freezing:
+            entry["freezing"] = self.freezing.numbers()
         self.journal.append("checkpoint", entry)
         if before and before != file:
             (self.folder / before).unlink(missing_ok=True)

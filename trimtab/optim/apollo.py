@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from trimtab.core.errors import UserError
 from trimtab.core.method import Card, Optimiser
-from trimtab.parts.moments import adam, at_least_one, begin, gaussian, moment_bytes, narrowed, scaled
+from trimtab.parts.moments import (
+    adam,
+    at_least_one,
+    begin,
+    bucketed,
+    gaussian,
+    moment_bytes,
+    narrowed,
+    project,
+    scaled,
+    signs,
+)
 
 
 @dataclass(frozen=True)
@@ -22,10 +34,12 @@ class APOLLO(Optimiser):
         rank: r (paper: a quarter of the width; its code: 256).
         scale: alpha squared (1).
         every: T, steps between two projections (200).
+        projection: `gaussian` (paper), or `buckets`: sums of every r-th row with random signs, which cost one pass over
+            the gradient in place of a product.
         betas, eps: Adam's (0.9, 0.999, 1e-6).
 
     Raises:
-        UserError: a rank or T below 1.
+        UserError: a rank or T below 1, or an unknown projection.
 
     Reference: Zhu et al. 2025, arXiv:2412.05270, algorithm 1 and section 4.
     Departures: matrices of one shorter side share P, so that drawing it from its seed costs next to nothing.
@@ -39,6 +53,7 @@ class APOLLO(Optimiser):
     rank: int = 256
     scale: float = 1.0
     every: int = 200
+    projection: Literal["gaussian", "buckets"] = "gaussian"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
 
@@ -55,6 +70,11 @@ class APOLLO(Optimiser):
         matrix than the rank.
         """
         at_least_one("apollo", param, rank=self.rank, every=self.every)
+        if self.projection not in ("gaussian", "buckets"):
+            raise UserError(
+                f"apollo was given projection={self.projection!r} for a parameter of shape {tuple(param.shape)}; "
+                "it is 'gaussian' or 'buckets'"
+            )
         shape = narrowed(tuple(param.shape), self.rank)
         return begin(shape, param) | {"length": -1.0} if shape else begin(tuple(param.shape), param)
 
@@ -62,8 +82,12 @@ class APOLLO(Optimiser):
         """The gradient and its factors."""
         if "length" not in state:
             return adam(grad, state, self.betas, self.eps)
-        basis = gaussian(min(grad.shape), self.rank, seed + state["step"] // self.every)
-        direction, factor = scaled(grad, state, basis.to(grad.dtype), False, self.betas, self.eps)
+        side, drawn = min(grad.shape), seed + state["step"] // self.every
+        if self.projection == "buckets":
+            narrow = bucketed(grad, self.rank, signs(side, drawn))
+        else:
+            narrow = project(grad, gaussian(side, self.rank, drawn).to(grad.dtype))
+        direction, factor = scaled(grad, narrow, state, False, self.betas, self.eps)
         return direction, factor * self.scale**0.5
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:

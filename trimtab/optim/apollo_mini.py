@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.core.method import Card, Optimiser
-from trimtab.parts.moments import adam, at_least_one, begin, gaussian, moment_bytes, narrowed, scaled
+from trimtab.parts.moments import adam, at_least_one, begin, gaussian, moment_bytes, narrowed, project, scaled
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class APOLLOMini(Optimiser):
         if "length" not in state:
             return adam(grad, state, self.betas, self.eps)
         basis = gaussian(min(grad.shape), 1, seed + state["step"] // self.every)
-        direction, factor = scaled(grad, state, basis.to(grad.dtype), True, self.betas, self.eps)
+        direction, factor = scaled(grad, project(grad, basis.to(grad.dtype)), state, True, self.betas, self.eps)
         return direction, factor * self.scale**0.5
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:

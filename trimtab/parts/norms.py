@@ -19,7 +19,20 @@ class _RMSNorm(Function):
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
+        ctx.save_for_forward(x, weight, scale)
         return (x * scale).mul_(weight)
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, _: None) -> Tensor:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        out = torch.zeros_like(x)
+        if x_tangent is not None:
+            along = (x_tangent * normed).mean(-1, keepdim=True)
+            out += (x_tangent - normed * along) * scale * weight
+        if weight_tangent is not None:
+            out += normed * weight_tangent
+        return out
 
     @staticmethod
     @once_differentiable

@@ -42,7 +42,21 @@ class Prediction:
         count = int((targets != IGNORED).sum())
         if self.lean is None:
             self.lean = self._provable(model, inputs, targets)
-        return (self._chunked if self.lean else self._plain)(model, inputs, targets), count
+        lean = self.lean and isinstance(model.get_output_embeddings(), nn.Linear)  # type: ignore[operator]
+        return (self._chunked if lean else self._plain)(model, inputs, targets), count
+
+    def items(self, model: nn.Module, places: Tensor) -> Tensor:
+        """Losses of the items at `places`, each the mean over its predictions."""
+        labels = self.labels[places]
+        output = self._call(model, {k: v[places] for k, v in self.inputs.items()})
+        logits = getattr(output, "logits", output).float()
+        if labels.dim() == 1:
+            return nn.functional.cross_entropy(logits, labels, reduction="none")
+        targets = labels[:, 1:]
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+        )
+        return losses.sum(1) / (targets != IGNORED).sum(1).clamp_min(1)
 
     def _call(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
         by_name = hasattr(model, "config")

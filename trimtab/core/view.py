@@ -1,0 +1,36 @@
+"""Frozen snapshots that policies decide from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with parameters of its own, at a step of a training.
+
+    Fields:
+        path: as `named_modules` has it.
+        block: index of its block.
+        numbers: how many it has.
+    """
+
+    path: str
+    block: int
+    numbers: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A step of a training, before it begins.
+
+    Fields:
+        step, steps: this one from 0, and how many there are.
+        layers: all that can be frozen, in forward order.
+        active: paths of those that the last step trained; all before the first.
+    """
+
+    step: int
+    steps: int
+    layers: tuple[Layer, ...]
+    active: tuple[str, ...]
