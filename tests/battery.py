@@ -39,6 +39,7 @@ STATISTICS = {
     "solve": {"gram", "mean", "absmean", "rng"},
     "rewrite": {"gram", "mean", "absmean", "cosine"},
     "merge": {"weight", "density", "depth", "rng", "gram", "threshold", "peak"},
+    "join": {"moments"},
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
     "wrap": {"gram", "mean", "absmean", "grad", "rng"},

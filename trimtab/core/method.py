@@ -14,7 +14,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -206,6 +206,24 @@ class Merger(Method):
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
 
+class Joiner(Method):
+    """`join(scenes, *, ...) -> nn.Module`: whole models into one, where no rule of one tensor at a time would do.
+
+    Keyword-only parameters: `moments`, for each group of places that `places` names the second moments
+    E[u u^T], u = [x_1, x_2, ..., 1], of what the modules at these places, one a model, read on the same data; double.
+    """
+
+    verb = "join"
+
+    @abstractmethod
+    def places(self, scenes: Sequence[Scene]) -> tuple[tuple[str, ...], ...]:
+        """Paths of modules, one a model in a group, whose inputs are to be looked at side by side."""
+
+    @abstractmethod
+    def join(self, scenes: Sequence[Scene], **stats: Any) -> nn.Module:
+        """The joined model; those of the scenes are left as they are."""
+
+
 class Allocator(Method):
     """`allocate(rows, limits, *, ...) -> {unit: row}`: sees rows only, never a model.
 
@@ -306,7 +324,7 @@ class Cacher(Method):
         """Keys and values `[..., tokens, channels]` in their stored form."""
 
 
-_VERBS = (Solver, Rewriter, Merger, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy, Cacher)
+_VERBS = (Solver, Rewriter, Merger, Joiner, Allocator, Pricer, Wrapper, Optimiser, Objective, Policy, Cacher)
 VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in _VERBS}
 
 

@@ -300,16 +300,30 @@ def _resize(model: nn.Module, path: str, shape: list[int], bias: bool | None = N
     if old is None:
         raise UserError(f"edit resize: {path!r} ({type(module).__name__}) has no weight")
     seen = tuple(weight_of(module).shape)
-    stored = (shape[1], shape[0], *shape[2:]) if flipped(module) else tuple(shape)
     if isinstance(module, nn.modules.conv._ConvNd):
         before, after = module.groups, groups or module.groups
         _check_shape(path, shape, seen, grouped=before > 1)
         if shape[0] % after or list(seen[2:]) != shape[2:]:
             kernel = list(seen[2:])
             raise UserError(f"edit resize of {path!r}: {shape} does not make {after} groups of the kernel {kernel}")
-        module.groups, module.out_channels, module.in_channels = after, shape[0], shape[1] * after
     else:
         _check_shape(path, shape, seen)
+    give_shape(module, shape, bias, groups)
+
+
+def give_shape(module: nn.Module, shape: list[int], bias: bool | None = None, groups: int | None = None) -> None:
+    """Give a module a weight of another shape, with all that has one number an output, and sizes that say so.
+
+    Args:
+        shape: `[out, in, ...]`, as methods see it.
+        bias: make one where there is none.
+        groups: of a convolution; None: as many as it has.
+    """
+    old, seen = module.get_parameter("weight"), tuple(weight_of(module).shape)
+    stored = (shape[1], shape[0], *shape[2:]) if flipped(module) else tuple(shape)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        after = groups or module.groups
+        module.groups, module.out_channels, module.in_channels = after, shape[0], shape[1] * after
     for name, value in [*module._parameters.items(), *module._buffers.items()]:
         if name != "weight" and value is not None and tuple(value.shape) == seen[:1]:
             fresh = _parameter(value, shape[:1])
