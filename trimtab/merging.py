@@ -428,18 +428,19 @@ class Merge:
                 depth = depth_of(index, stop - start)
                 places = [_at(name, offset + index) for _, _, offset in parents]
                 target, origin = _at(name, before + index), _at(name, base_start + index)
+                block = before + index
             else:
                 if len(slices) > 1 and number != (len(slices) - 1 if name in self._behind(lead) else 0):
                     continue
                 depth = depth_of(found[1], counts[found[0]]) if found else 0.0
-                places, target, origin = [name] * len(parents), name, name
+                places, target, origin, block = [name] * len(parents), name, name, 0
             sources = [(m, p, self._entry(m, p)) for (m, _, _), p in zip(parents, places, strict=True)]
             root = [(self.models[base], origin, self._entry(self.models[base], origin))] if base else []
             shapes.append((target, [*sources, *root]))
             settings = [(own, part.settings, self.recipe.settings) for _, own, _ in parents]
             place = 1.0 if "depth" in self.method.needs() and not found and name in self._behind(lead) else depth
             entries, origins = [e for *_, e in sources], [e for *_, e in root]
-            jobs.append(self._job(target, settings, places, depth, place, entries, origins))
+            jobs.append(self._job(target, settings, places, depth, place, block, entries, origins))
         _check_shapes(shapes)
         for model, _, _ in parents[1:]:
             extra = [n for n in model.checkpoint.names() if n not in lead.checkpoint]
@@ -475,6 +476,7 @@ class Merge:
         places: Sequence[str],
         depth: float,
         place: float,
+        block: int,
         sources: Sequence[Entry],
         base: Sequence[Entry],
     ) -> Job:
@@ -505,6 +507,7 @@ class Merge:
             numbers["density"],
             place,
             self.recipe.seed,
+            (block, self.layers),
         )
         dtype = STORED[self.recipe.dtype] if self.recipe.dtype else stored
         return Job(piece, tuple(sources), origin, dtype)

@@ -177,6 +177,8 @@ class Merger(Method):
     - `weight`, `density`: a number a parent, as the recipe says for this tensor, else the method's field of that name;
     - `depth`: where the tensor's block lies, from 0 (the first) to 1 (the last); outside of blocks 0 for what is read
       before all of them and 1 for what is read behind;
+    - `block`: the place of the tensor's block in the result, from 0 on, and how many blocks there are; outside of
+      blocks the place is 0;
     - `rng`: a generator a parent, seeded by the run's seed, the tensor's name, the parent and the tile;
     - `gram`: inner products of the parents' tensors, fp64 `[parents, parents]`;
     - `threshold`: a number a parent: the least magnitude of change from the base among the `density` largest;
