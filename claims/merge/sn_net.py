@@ -44,7 +44,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     batches: list[Batch] = [{"pixel_values": part} for part in images[:256].split(128)]
 
     def fresh() -> Stitched:
-        made = join(SNNet(), [copy.deepcopy(small), copy.deepcopy(d.base_model())], batches)
+        made = join(SNNet(), [copy.deepcopy(small), copy.deepcopy(d.base_model()).requires_grad_(True)], batches)
         assert isinstance(made, Stitched)
         return made
 

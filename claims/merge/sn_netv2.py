@@ -40,7 +40,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     batches: list[Batch] = [{"pixel_values": part} for part in images[:256].split(128)]
 
     def trained(method: SNNetv2) -> tuple[list[float], list[int]]:
-        model = join(method, [copy.deepcopy(small), copy.deepcopy(d.base_model())], batches)
+        model = join(method, [copy.deepcopy(small), copy.deepcopy(d.base_model()).requires_grad_(True)], batches)
         assert isinstance(model, Stitched)
         rng, costs = torch.Generator().manual_seed(seed), [model.cost(i) for i in range(len(model.routes))]
         train(model, seed, 2, 3e-4, lambda: method.draw(costs, rng))
