@@ -10,6 +10,7 @@ output until it is complete.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -63,6 +64,7 @@ def merge(
     dtype: str | None = None,
     vocabulary: str = "same",
     seed: int = 0,
+    apply_adapters: bool = False,
     shard_bytes: int = SHARD,
     resume: bool = False,
     overwrite: bool = False,
@@ -80,6 +82,7 @@ def merge(
         dtype: `bf16`, `fp16` or `fp32`; by default the type of the base, or of the first model.
         vocabulary: `same` refuses models with vocabularies of different sizes, `force` cuts them to the smallest.
         seed: of everything random.
+        apply_adapters: put parents that are adapters onto their models, or onto the base, while merging.
         shard_bytes: the most bytes a file of weights.
         resume: go on with a merge to the same folder that was cut off.
         overwrite: replace what is in the folder.
@@ -96,7 +99,19 @@ def merge(
     if recipe is None:
         assert not isinstance(models, Recipe)
         recipe = simple_recipe(models, method, base, weight, density, dtype, vocabulary, seed)
-    return Merge(recipe, Path(out), shard_bytes, overwrite).go(resume, progress or (lambda *_: None), start)
+    if apply_adapters:
+        recipe = dataclasses.replace(recipe, adapters=True)
+    try:
+        return Merge(recipe, Path(out), shard_bytes, overwrite).go(resume, progress or (lambda *_: None), start)
+    except UserError as error:
+        if "disk is full" not in str(error):
+            shutil.rmtree(adapters_beside(Path(out)), ignore_errors=True)
+        raise
+
+
+def adapters_beside(out: Path) -> Path:
+    """Where adapters are applied for a merge to that folder, until it is complete."""
+    return out.absolute().parent / f".{out.name}.adapters"
 
 
 def simple_recipe(
@@ -196,12 +211,13 @@ def _merger(name: str, config: Mapping[str, Any]) -> Merger:
 
 @dataclass
 class Model:
-    """A model that takes part: its folder, configuration and tensors."""
+    """A model that takes part: its folder, configuration and tensors; of an adapter also the model it was put onto."""
 
     name: str
     folder: Path
     config: dict[str, Any]
     checkpoint: Checkpoint
+    onto: Path | None = None
 
     @property
     def vocabulary(self) -> int | None:
@@ -218,11 +234,15 @@ class Model:
         return dataclasses.replace(entry, shape=(rows, *entry.shape[1:]), stop=entry.start + rows * width)
 
 
-def open_model(name: str) -> Model:
+def open_model(name: str, adapters: Path | None = None, base: str | None = None) -> Model:
     """A model's headers and configuration.
 
+    Args:
+        adapters: a folder in which adapters are applied, each in one of its own; None: they are refused.
+        base: the model that they are applied to; None: the one that the adapter names.
+
     Raises:
-        UserError: there is none of that name, or it is an adapter, quantised, or compressed.
+        UserError: there is none of that name, or it is an adapter that is not applied, quantised, or compressed.
     """
     from trimtab.formats.checkpoint import Checkpoint
     from trimtab.models.source import folder_of, read_config
@@ -231,10 +251,14 @@ def open_model(name: str) -> Model:
     adapted = folder / "adapter_config.json"
     if adapted.is_file() and not (folder / "config.json").is_file():
         origin = _adapted(adapted)
-        raise UserError(
-            f"{name} is an adapter{f' for {origin}' if origin else ''} and no model; apply it first, with peft's "
-            "`PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)`, and merge that"
-        )
+        if adapters is None:
+            raise UserError(
+                f"{name} is an adapter{f' for {origin}' if origin else ''} and no model; --apply-adapters puts it onto "
+                "its model while merging"
+            )
+        if (onto := base or origin) is None:
+            raise UserError(f"{name} is an adapter that does not name its model; give the model with --base")
+        return _applied(name, folder, open_model(onto), adapters)
     if (folder / "trimtab.json").is_file():
         raise UserError(f"{name} is a compressed artifact; merge original models, and compress the result")
     config = read_config(folder)
@@ -248,6 +272,22 @@ def open_model(name: str) -> Model:
         if dtype.startswith("F8") or (dtype in ("I8", "U8") and len(checkpoint.shape(tensor)) > 1):
             raise UserError(f"{name} is quantised: its {tensor} is stored in {dtype}; merge models in floating point")
     return Model(name, folder, config, checkpoint)
+
+
+def _applied(name: str, adapter: Path, base: Model, adapters: Path) -> Model:
+    """A base with an adapter in it; one that was applied before, from the same files, is taken as it is."""
+    from trimtab.formats.checkpoint import Checkpoint
+    from trimtab.models.applied import apply_adapter
+
+    files = sorted(file for file in adapter.iterdir() if file.is_file()) + base.checkpoint.files
+    seen = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    key = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+    folder, done = adapters / key, adapters / f"{key}.done"
+    if not done.is_file():
+        apply_adapter(adapter, base.folder, folder)
+        with writing(done):
+            done.touch()
+    return Model(name, folder, base.config, Checkpoint(folder), base.folder)
 
 
 def _adapted(path: Path) -> str | None:
@@ -321,7 +361,8 @@ class Merge:
         self.method = _merger(recipe.method, {})
         self._check_fields()
         self._check_counts()
-        self.models = {name: open_model(name) for name in recipe.models()}
+        place = adapters_beside(out) if recipe.adapters else None
+        self.models = {name: open_model(name, place, recipe.base) for name in recipe.models()}
         self._check_places()
         self.rows = check_alike(list(self.models.values()), recipe.vocabulary)
         self._read_behind: dict[str, frozenset[str]] = {}
@@ -509,6 +550,9 @@ class Merge:
             self.recipe.seed,
             (block, self.layers),
         )
+        lead = self.models[self.recipe.base or self.recipe.slices[0].parents[0].model]
+        if lead.onto is not None:  # an applied adapter is in fp32, and its model need not be
+            stored = _kind(lead.onto, name, stored)
         dtype = STORED[self.recipe.dtype] if self.recipe.dtype else stored
         return Job(piece, tuple(sources), origin, dtype)
 
@@ -552,6 +596,7 @@ class Merge:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         with writing(self.out):
+            shutil.rmtree(adapters_beside(self.out), ignore_errors=True)
             if self.out.exists():
                 os.replace(self.out, work / "replaced")
             commit_folder(content, self.out.absolute())
@@ -576,8 +621,8 @@ class Merge:
                 total[owner].update(f"{job.piece.name} {digest}\n".encode())
         parents = [
             {"name": name, "base": name in {self.recipe.base, *(s.base for s in self.recipe.slices)},
-             "tensors_sha256": total[name].hexdigest()}
-            for name in self.models
+             "tensors_sha256": total[name].hexdigest(), "adapter": model.onto is not None}
+            for name, model in self.models.items()
         ]  # fmt: skip
         return {
             "out": str(self.out),
@@ -606,11 +651,24 @@ class Merge:
             config.pop("torch_dtype", None)
             config["dtype"] = names[self.recipe.dtype]
         tokens = open_model(self.recipe.tokenizer).folder if self.recipe.tokenizer else lead.folder
-        copy_companions(tokens, folder)
+        copy_companions(tokens if self.recipe.tokenizer else lead.onto or tokens, folder)
         with writing(folder):
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
             recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
             (folder / "README.md").write_text(merge_card(report, recipe), "utf-8")
+
+
+@functools.cache
+def _types(folder: Path) -> dict[str, str]:
+    from trimtab.formats.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.dtype(name) for name in checkpoint.names()}
+
+
+def _kind(folder: Path, name: str, default: str) -> str:
+    """The type that a tensor has in a checkpoint."""
+    return _types(folder).get(name, default)
 
 
 def _at(name: str, index: int) -> str:

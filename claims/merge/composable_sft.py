@@ -23,9 +23,9 @@ CLAIM = Claim(
     "without the task, is added; sparse changes add up better than whole ones.",
     source="Ansell et al. 2022, arXiv:2110.07560, tables 2 to 4 and section 7",
     figure="zero-shot cross-lingual transfer above adapters by 2.5 to 3.5 points of F1",
-    setting="The shipped image transformer. Task: the digit modulo 3, learnt on digits as they are; domain: digits that "
-    "are turned by 40 degrees, learnt as the ten classes with a fixed head. A tenth of the weights outside of the head "
-    "is tuned. Tested as the task on turned digits, 300 images; for whole changes also the best scale and TIES, "
+    setting="The shipped image transformer. Task: the digit modulo 3, learnt on digits as they are; domain: digits "
+    "that are turned by 40 degrees, learnt as the ten classes with a fixed head. A tenth of the weights outside of the "
+    "head is tuned. Tested as the task on turned digits, 300 images; for whole changes also the best scale and TIES, "
     "chosen on 300 search images of that very setting.",
     metric="accuracy of the task in the new domain; cost: points lost in the task's own domain by adding the other's",
     checks=(
