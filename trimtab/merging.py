@@ -39,11 +39,12 @@ from trimtab.core.recipe import (
 if TYPE_CHECKING:
     from trimtab.engine.merge_stream import Job
     from trimtab.formats.checkpoint import Checkpoint, Entry
+    from trimtab.formats.vocabulary import Union, Vocabulary
 
 SHARD = 5_000_000_000
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOATS = ("F16", "BF16", "F32", "F64")
-VOCABULARIES = ("same", "force")
+VOCABULARIES = ("same", "union", "force")
 # of a configuration, what makes equal weights another function; where it is named in the one and in the other
 MEANING = (
     *("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
@@ -80,7 +81,8 @@ def merge(
         base: the model that the others were tuned from, for methods that need it.
         weight, density: one number a model, for methods that ask for it; by default the method's field of that name.
         dtype: `bf16`, `fp16` or `fp32`; by default the type of the base, or of the first model.
-        vocabulary: `same` refuses models with vocabularies of different sizes, `force` cuts them to the smallest.
+        vocabulary: `same` refuses models with vocabularies of different sizes, `union` gives the result the tokens of
+            all, `force` cuts them to the smallest.
         seed: of everything random.
         apply_adapters: put parents that are adapters onto their models, or onto the base, while merging.
         shard_bytes: the most bytes a file of weights.
@@ -211,13 +213,16 @@ def _merger(name: str, config: Mapping[str, Any]) -> Merger:
 
 @dataclass
 class Model:
-    """A model that takes part: its folder, configuration and tensors; of an adapter also the model it was put onto."""
+    """A model that takes part: its folder, configuration and tensors; where some of these were changed for the merge,
+    as by an adapter, also the folder that they come from.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
     checkpoint: Checkpoint
     onto: Path | None = None
+    adapter: bool = False
 
     @property
     def vocabulary(self) -> int | None:
@@ -275,19 +280,26 @@ def open_model(name: str, adapters: Path | None = None, base: str | None = None)
 
 
 def _applied(name: str, adapter: Path, base: Model, adapters: Path) -> Model:
-    """A base with an adapter in it; one that was applied before, from the same files, is taken as it is."""
-    from trimtab.formats.checkpoint import Checkpoint
+    """A base with an adapter in it."""
     from trimtab.models.applied import apply_adapter
 
     files = sorted(file for file in adapter.iterdir() if file.is_file()) + base.checkpoint.files
+    made = _once(adapters, files, lambda folder: apply_adapter(adapter, base.folder, folder))
+    return Model(name, made.path, base.config, made, base.folder, adapter=True)
+
+
+def _once(place: Path, files: Sequence[Path], make: Callable[[Path], object]) -> Checkpoint:
+    """A checkpoint made from files; one that was made of the same files before is taken as it is, to go on with."""
+    from trimtab.formats.checkpoint import Checkpoint
+
     seen = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     key = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-    folder, done = adapters / key, adapters / f"{key}.done"
+    folder, done = place / key, place / f"{key}.done"
     if not done.is_file():
-        apply_adapter(adapter, base.folder, folder)
+        make(folder)
         with writing(done):
             done.touch()
-    return Model(name, folder, base.config, Checkpoint(folder), base.folder)
+    return Checkpoint(folder)
 
 
 def _adapted(path: Path) -> str | None:
@@ -319,8 +331,9 @@ def check_alike(models: Sequence[Model], vocabulary: str) -> int | None:
     if rows is not None and vocabulary != "force":
         said = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(
-            f"the vocabularies differ in size ({said}); --vocabulary force cuts all to the smallest, which is right "
-            "where the larger ones only have tokens added at the end"
+            f"the vocabularies differ in size ({said}); --vocabulary union gives the result the tokens of all; "
+            "--vocabulary force cuts all to the smallest, which is right where the larger ones only have tokens added "
+            "at the end"
         )
     return rows
 
@@ -351,8 +364,7 @@ class Merge:
         self.recipe, self.out, self.shard_bytes, self.overwrite = recipe, out, shard_bytes, overwrite
         if recipe.vocabulary not in VOCABULARIES:
             raise UserError(
-                f"the vocabulary {recipe.vocabulary!r} was asked for, and known are {', '.join(VOCABULARIES)}; extend "
-                "the models' tokenizers before they are merged"
+                f"the vocabulary {recipe.vocabulary!r} was asked for, and known are {', '.join(VOCABULARIES)}"
             )
         if recipe.dtype not in (None, *STORED):
             raise UserError(
@@ -364,6 +376,9 @@ class Merge:
         place = adapters_beside(out) if recipe.adapters else None
         self.models = {name: open_model(name, place, recipe.base) for name in recipe.models()}
         self._check_places()
+        self.union: tuple[list[Vocabulary], Union] | None = None
+        if recipe.vocabulary == "union":
+            self._unite()
         self.rows = check_alike(list(self.models.values()), recipe.vocabulary)
         self._read_behind: dict[str, frozenset[str]] = {}
         self.layers = sum(self._lengths())
@@ -382,6 +397,40 @@ class Merge:
                     raise UserError(
                         f"{self.recipe.method} has no parameter {name!r}{did_you_mean(name, known)}; {takes}"
                     )
+
+    def _unite(self) -> None:
+        """Give every model the rows of all tokens, where the tokens differ."""
+        from trimtab.formats.overlay import overlay
+        from trimtab.formats.vocabulary import TOKENIZER, read_vocabulary, spread, united
+
+        order = sorted(self.models.values(), key=lambda m: m is not self._lead())
+        vocabularies = [read_vocabulary(m.onto or m.folder, m.vocabulary) for m in order]
+        union = united(vocabularies)
+        if all(source == tuple(range(union.rows)) for source in union.sources):
+            return
+        self.union = vocabularies, union
+        files = [file for m in order for file in (*m.checkpoint.files, (m.onto or m.folder) / TOKENIZER)]
+        tall = [n for n in order[0].checkpoint.names() if order[0].checkpoint.shape(n)[:1] == (vocabularies[0].rows,)]
+        for model, vocabulary in zip(order, vocabularies, strict=True):
+            for name in tall:
+                if model.checkpoint.shape(name)[0] != vocabulary.rows:
+                    raise UserError(f"{name} of {model.name} has {model.checkpoint.shape(name)[0]} rows, and its "
+                                    f"vocabulary {vocabulary.rows}; they are no pair")  # fmt: skip
+        for i, model in enumerate(order):
+            rows = ((name, spread([m.checkpoint.read(name) for m in order], union)[i]) for name in tall)
+            checkpoint = _once(
+                adapters_beside(self.out),
+                [*model.checkpoint.files, *files],
+                lambda folder, model=model, rows=rows: overlay(model.checkpoint, folder, rows),  # type: ignore[misc]
+            )
+            folder, config = checkpoint.path, {**model.config, "vocab_size": union.rows}
+            self.models[model.name] = Model(
+                model.name, folder, config, checkpoint, model.onto or model.folder, model.adapter
+            )
+
+    def _lead(self) -> Model:
+        """The model that gives the result its configuration, types and tokenizer."""
+        return self.models[self.recipe.base or self.recipe.slices[0].parents[0].model]
 
     def _all_settings(self) -> list[Settings]:
         slices = self.recipe.slices
@@ -550,8 +599,8 @@ class Merge:
             self.recipe.seed,
             (block, self.layers),
         )
-        lead = self.models[self.recipe.base or self.recipe.slices[0].parents[0].model]
-        if lead.onto is not None:  # an applied adapter is in fp32, and its model need not be
+        lead = self._lead()
+        if lead.onto is not None:  # what was changed of it is in fp32, and it need not be
             stored = _kind(lead.onto, name, stored)
         dtype = STORED[self.recipe.dtype] if self.recipe.dtype else stored
         return Job(piece, tuple(sources), origin, dtype)
@@ -621,7 +670,7 @@ class Merge:
                 total[owner].update(f"{job.piece.name} {digest}\n".encode())
         parents = [
             {"name": name, "base": name in {self.recipe.base, *(s.base for s in self.recipe.slices)},
-             "tensors_sha256": total[name].hexdigest(), "adapter": model.onto is not None}
+             "tensors_sha256": total[name].hexdigest(), "adapter": model.adapter}
             for name, model in self.models.items()
         ]  # fmt: skip
         return {
@@ -636,8 +685,9 @@ class Merge:
 
     def _write_along(self, folder: Path, report: Mapping[str, Any]) -> None:
         from trimtab.formats.huggingface import copy_companions, merge_card
+        from trimtab.formats.vocabulary import write_union
 
-        lead = self.models[self.recipe.base or self.recipe.slices[0].parents[0].model]
+        lead = self._lead()
         config = dict(lead.config)
         for key in LAYER_COUNTS:
             if key in config:
@@ -652,6 +702,8 @@ class Merge:
             config["dtype"] = names[self.recipe.dtype]
         tokens = open_model(self.recipe.tokenizer).folder if self.recipe.tokenizer else lead.folder
         copy_companions(tokens if self.recipe.tokenizer else lead.onto or tokens, folder)
+        if self.union:
+            write_union(*self.union, folder)
         with writing(folder):
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
             recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))

@@ -22,7 +22,7 @@ def command(
     density: Annotated[str | None, typer.Option(help="share of changes that is kept, for all or each")] = None,
     scale: Annotated[float | None, typer.Option(help="factor of the merged changes")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default the base's")] = None,
-    vocabulary: Annotated[str, typer.Option(help="same, or force: cut vocabularies to the smallest")] = "same",
+    vocabulary: Annotated[str, typer.Option(help="same; union: tokens of all; force: cut to the smallest")] = "same",
     shard: Annotated[str, typer.Option(help="most bytes a file of weights")] = "5GB",
     apply_adapters: Annotated[
         bool, typer.Option("--apply-adapters", help="put models that are adapters onto their models while merging")
