@@ -17,7 +17,7 @@ from trimtab.core.modelmap import trace
 from trimtab.engine.experts import routing
 from trimtab.engine.joining import join, moments, settle
 from trimtab.formats.cutting import out_dim
-from trimtab.formats.structure import put_weight, weight_of
+from trimtab.formats.structure import put_weight, replay, weight_of
 from trimtab.merge.m_smoe import MSMoE
 from trimtab.merge.pleas import PLeaS
 from trimtab.merge.sn_net import SNNet
@@ -301,3 +301,9 @@ def test_a_level_that_is_no_width_is_refused_for_experts() -> None:
     scene = Scene(model, modelmap, levels={"lm_head": Width(0.5)})
     with pytest.raises(UserError, match="takes one width for stacks of experts"):
         MSMoE().rewrite(scene, **routing(model, modelmap, [batch]))
+
+
+@pytest.mark.parametrize("members", [[0, 2, 2, 0], [0, 1], [0, 1, 0, -1]])
+def test_experts_whose_places_make_no_sense_are_refused(members: list[int]) -> None:
+    with pytest.raises(UserError, match=r"edit share of '?model\.layers\.0\.mlp\.experts|edit share: .*leave a gap"):
+        replay(mixtral(), [{"op": "share", "path": "model.layers.0.mlp.experts", "members": members}])
