@@ -41,8 +41,8 @@ def least_squares(joint: Tensor, width: int) -> tuple[Tensor, Tensor]:
     >>> x, one = torch.randn(50, 2).double(), torch.ones(50, 1).double()
     >>> u = torch.cat([x, 3 * x[:, :1] + 1, one], 1)
     >>> weight, bias = least_squares(u.T @ u / 50, 2)
-    >>> torch.cat([weight, bias[:, None]], 1).round(decimals=4)
-    tensor([[3., 0., 1.]])
+    >>> torch.cat([weight, bias[:, None]], 1).round().long()
+    tensor([[3, 0, 1]])
     """
     ones = len(joint) - 1
     read = torch.tensor([*range(width), ones])
