@@ -13,7 +13,7 @@ from math import fsum
 from typing import Any, Literal
 
 import torch
-from test_structure import ResNet, filled, gpt2, inputs, llama, run, vit
+from test_structure import ResNet, filled, gpt2, inputs, llama, mixtral, run, vit
 from torch import Tensor, nn
 
 from trimtab.core.device import Device, Heads, Kernel, Product, Work
@@ -37,8 +37,9 @@ CACHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Cacher)
 # what each verb may ask for by name: the contract of `trimtab.core.method`
 STATISTICS = {
     "solve": {"gram", "mean", "absmean", "rng"},
-    "rewrite": {"gram", "mean", "absmean", "cosine"},
-    "merge": {"weight", "density", "depth", "rng", "gram", "threshold", "peak"},
+    "rewrite": {"gram", "mean", "absmean", "cosine", "usage", "likeness"},
+    "merge": {"weight", "density", "depth", "block", "rng", "gram", "threshold", "peak"},
+    "join": {"moments"},
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
     "wrap": {"gram", "mean", "absmean", "grad", "rng"},
@@ -237,7 +238,13 @@ class Family:
 
 # ---- models
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"llama": lambda: llama(3), "gpt2": gpt2, "vit": vit, "cnn": ResNet}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: llama(3),
+    "gpt2": gpt2,
+    "vit": vit,
+    "cnn": ResNet,
+    "mixtral": mixtral,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +296,7 @@ class Traced:
         seen: dict[str, Tensor] = {}
         with Hooks() as hooks:
             for site in sites:
-                if site.kind != "embedding" and site.groups == 1:
+                if site.kind not in ("embedding", "experts") and site.groups == 1:
                     hooks.before(model.get_submodule(site.path), lambda rows, p=site.path: seen.__setitem__(p, rows))
             run(model, self.calibration)
         paths = [s.path for s in self.sites() if s.kind in ("sublayer", "block")]
@@ -297,8 +304,17 @@ class Traced:
             "gram": {p: x.T @ x / len(x) for p, x in seen.items()},
             "mean": {p: x.mean(0) for p, x in seen.items()},
             "absmean": {p: x.abs().mean(0) for p, x in seen.items()},
+            **routing(self.modelmap),
             "cosine": dict(zip(paths, torch.rand(len(paths), generator=seeded(3)), strict=True)),
         }
+
+
+def routing(modelmap: ModelMap) -> dict[str, dict[str, Tensor]]:
+    """How often each expert of each stack is used, and how alike their routers' logits are."""
+    rng, stacks = seeded(6), {s.path.rpartition(".")[0]: s.shape[0] for s in modelmap.sites if s.kind == "experts"}
+    usage = {path: torch.rand(count, generator=rng).softmax(0) for path, count in stacks.items()}
+    logits = {path: torch.randn(count, 50, generator=rng) for path, count in stacks.items()}
+    return {"usage": usage, "likeness": {path: torch.corrcoef(x) for path, x in logits.items()}}
 
 
 class Hooks(contextlib.ExitStack):

@@ -56,6 +56,7 @@ from trimtab.core.method import (
     Allocator,
     Cacher,
     Estimator,
+    Joiner,
     Merger,
     Method,
     Optimiser,
@@ -71,7 +72,7 @@ from trimtab.core.table import Row
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.formats.packed import Packed, tensor_names
 
-LEVELLESS = (Allocator, Pricer, Cacher, Merger, Optimiser, Estimator, Policy)
+LEVELLESS = (Allocator, Pricer, Cacher, Merger | Joiner, Optimiser, Estimator, Policy)
 ENTRIES = 391  # rows of the catalogue of papers
 
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -290,6 +291,8 @@ def traced(place: str) -> Traced:
 
 # where a rewriter may refuse a model, by what its sentence says, and why that is right
 REFUSALS = (
+    ("mixtral", r"no rotation folds into .*experts", "stacks of experts are no modules that a norm folds into"),
+    ("mixtral", r"no channels that can be removed", "its channels lie in stacks, which are not cut"),
     ("cnn", r"residual cannot be turned", "batch norms lie on the residual: no rotation passes them"),
     ("cnn", r"another shape", "its second block halves the map and doubles the channels, as what follows expects"),
 )
@@ -432,6 +435,7 @@ def test_a_merger_that_is_tiled_knows_no_neighbours(name: str) -> None:
         "weight": (0.5, 0.75, 1.0)[:count],
         "density": (0.2, 0.5, 0.8)[:count],
         "depth": 0.5,
+        "block": (1, 3),
         "gram": torch.tensor([[1.0, 0.4, 0.1], [0.4, 1.0, 0.2], [0.1, 0.2, 1.0]])[:count, :count],
         "threshold": (0.01, 0.02, 0.03)[:count],
         "peak": (0.3, 0.3, 0.3)[:count],

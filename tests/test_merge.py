@@ -352,7 +352,7 @@ def test_models_that_do_not_belong_together_are_refused(models: list[Path], tmp_
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
-    refused(lambda: trimtab.merge([a, adapter], out=out), "adapter for some/base", "merge_and_unload")
+    refused(lambda: trimtab.merge([a, adapter], out=out), "adapter for some/base", "--apply-adapters")
     bad = save(tmp_path / "nan", odd | {"lm_head.weight": torch.full((WORDS, WIDE), float("nan"))})
     refused(lambda: trimtab.merge([a, bad], out=out), "lm_head.weight", "NaN", str(bad))
     assert not out.exists() and not [n for n in os.listdir(tmp_path) if n.startswith(".")]

@@ -90,6 +90,15 @@ def mixed() -> nn.Module:
     return transformers.Qwen3ForCausalLM(config)
 
 
+def mixtral() -> nn.Module:
+    """Experts in stacks, two of which see each token."""
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
 class Residual(nn.Module):
     def __init__(self, entry: int, exit: int, stride: int) -> None:
         super().__init__()

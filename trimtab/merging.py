@@ -10,6 +10,7 @@ output until it is complete.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -38,11 +39,12 @@ from trimtab.core.recipe import (
 if TYPE_CHECKING:
     from trimtab.engine.merge_stream import Job
     from trimtab.formats.checkpoint import Checkpoint, Entry
+    from trimtab.formats.vocabulary import Union, Vocabulary
 
 SHARD = 5_000_000_000
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOATS = ("F16", "BF16", "F32", "F64")
-VOCABULARIES = ("same", "force")
+VOCABULARIES = ("same", "union", "force")
 # of a configuration, what makes equal weights another function; where it is named in the one and in the other
 MEANING = (
     *("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
@@ -63,6 +65,7 @@ def merge(
     dtype: str | None = None,
     vocabulary: str = "same",
     seed: int = 0,
+    apply_adapters: bool = False,
     shard_bytes: int = SHARD,
     resume: bool = False,
     overwrite: bool = False,
@@ -78,8 +81,10 @@ def merge(
         base: the model that the others were tuned from, for methods that need it.
         weight, density: one number a model, for methods that ask for it; by default the method's field of that name.
         dtype: `bf16`, `fp16` or `fp32`; by default the type of the base, or of the first model.
-        vocabulary: `same` refuses models with vocabularies of different sizes, `force` cuts them to the smallest.
+        vocabulary: `same` refuses models with vocabularies of different sizes, `union` gives the result the tokens of
+            all, `force` cuts them to the smallest.
         seed: of everything random.
+        apply_adapters: put parents that are adapters onto their models, or onto the base, while merging.
         shard_bytes: the most bytes a file of weights.
         resume: go on with a merge to the same folder that was cut off.
         overwrite: replace what is in the folder.
@@ -96,7 +101,19 @@ def merge(
     if recipe is None:
         assert not isinstance(models, Recipe)
         recipe = simple_recipe(models, method, base, weight, density, dtype, vocabulary, seed)
-    return Merge(recipe, Path(out), shard_bytes, overwrite).go(resume, progress or (lambda *_: None), start)
+    if apply_adapters:
+        recipe = dataclasses.replace(recipe, adapters=True)
+    try:
+        return Merge(recipe, Path(out), shard_bytes, overwrite).go(resume, progress or (lambda *_: None), start)
+    except UserError as error:
+        if "disk is full" not in str(error):
+            shutil.rmtree(adapters_beside(Path(out)), ignore_errors=True)
+        raise
+
+
+def adapters_beside(out: Path) -> Path:
+    """Where adapters are applied for a merge to that folder, until it is complete."""
+    return out.absolute().parent / f".{out.name}.adapters"
 
 
 def simple_recipe(
@@ -196,12 +213,16 @@ def _merger(name: str, config: Mapping[str, Any]) -> Merger:
 
 @dataclass
 class Model:
-    """A model that takes part: its folder, configuration and tensors."""
+    """A model that takes part: its folder, configuration and tensors; where some of these were changed for the merge,
+    as by an adapter, also the folder that they come from.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
     checkpoint: Checkpoint
+    onto: Path | None = None
+    adapter: bool = False
 
     @property
     def vocabulary(self) -> int | None:
@@ -218,11 +239,15 @@ class Model:
         return dataclasses.replace(entry, shape=(rows, *entry.shape[1:]), stop=entry.start + rows * width)
 
 
-def open_model(name: str) -> Model:
+def open_model(name: str, adapters: Path | None = None, base: str | None = None) -> Model:
     """A model's headers and configuration.
 
+    Args:
+        adapters: a folder in which adapters are applied, each in one of its own; None: they are refused.
+        base: the model that they are applied to; None: the one that the adapter names.
+
     Raises:
-        UserError: there is none of that name, or it is an adapter, quantised, or compressed.
+        UserError: there is none of that name, or it is an adapter that is not applied, quantised, or compressed.
     """
     from trimtab.formats.checkpoint import Checkpoint
     from trimtab.models.source import folder_of, read_config
@@ -231,10 +256,14 @@ def open_model(name: str) -> Model:
     adapted = folder / "adapter_config.json"
     if adapted.is_file() and not (folder / "config.json").is_file():
         origin = _adapted(adapted)
-        raise UserError(
-            f"{name} is an adapter{f' for {origin}' if origin else ''} and no model; apply it first, with peft's "
-            "`PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)`, and merge that"
-        )
+        if adapters is None:
+            raise UserError(
+                f"{name} is an adapter{f' for {origin}' if origin else ''} and no model; --apply-adapters puts it onto "
+                "its model while merging"
+            )
+        if (onto := base or origin) is None:
+            raise UserError(f"{name} is an adapter that does not name its model; give the model with --base")
+        return _applied(name, folder, open_model(onto), adapters)
     if (folder / "trimtab.json").is_file():
         raise UserError(f"{name} is a compressed artifact; merge original models, and compress the result")
     config = read_config(folder)
@@ -248,6 +277,29 @@ def open_model(name: str) -> Model:
         if dtype.startswith("F8") or (dtype in ("I8", "U8") and len(checkpoint.shape(tensor)) > 1):
             raise UserError(f"{name} is quantised: its {tensor} is stored in {dtype}; merge models in floating point")
     return Model(name, folder, config, checkpoint)
+
+
+def _applied(name: str, adapter: Path, base: Model, adapters: Path) -> Model:
+    """A base with an adapter in it."""
+    from trimtab.models.applied import apply_adapter
+
+    files = sorted(file for file in adapter.iterdir() if file.is_file()) + base.checkpoint.files
+    made = _once(adapters, files, lambda folder: apply_adapter(adapter, base.folder, folder))
+    return Model(name, made.path, base.config, made, base.folder, adapter=True)
+
+
+def _once(place: Path, files: Sequence[Path], make: Callable[[Path], object]) -> Checkpoint:
+    """A checkpoint made from files; one that was made of the same files before is taken as it is, to go on with."""
+    from trimtab.formats.checkpoint import Checkpoint
+
+    seen = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    key = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+    folder, done = place / key, place / f"{key}.done"
+    if not done.is_file():
+        make(folder)
+        with writing(done):
+            done.touch()
+    return Checkpoint(folder)
 
 
 def _adapted(path: Path) -> str | None:
@@ -279,8 +331,9 @@ def check_alike(models: Sequence[Model], vocabulary: str) -> int | None:
     if rows is not None and vocabulary != "force":
         said = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(
-            f"the vocabularies differ in size ({said}); --vocabulary force cuts all to the smallest, which is right "
-            "where the larger ones only have tokens added at the end"
+            f"the vocabularies differ in size ({said}); --vocabulary union gives the result the tokens of all; "
+            "--vocabulary force cuts all to the smallest, which is right where the larger ones only have tokens added "
+            "at the end"
         )
     return rows
 
@@ -311,8 +364,7 @@ class Merge:
         self.recipe, self.out, self.shard_bytes, self.overwrite = recipe, out, shard_bytes, overwrite
         if recipe.vocabulary not in VOCABULARIES:
             raise UserError(
-                f"the vocabulary {recipe.vocabulary!r} was asked for, and known are {', '.join(VOCABULARIES)}; extend "
-                "the models' tokenizers before they are merged"
+                f"the vocabulary {recipe.vocabulary!r} was asked for, and known are {', '.join(VOCABULARIES)}"
             )
         if recipe.dtype not in (None, *STORED):
             raise UserError(
@@ -321,8 +373,12 @@ class Merge:
         self.method = _merger(recipe.method, {})
         self._check_fields()
         self._check_counts()
-        self.models = {name: open_model(name) for name in recipe.models()}
+        place = adapters_beside(out) if recipe.adapters else None
+        self.models = {name: open_model(name, place, recipe.base) for name in recipe.models()}
         self._check_places()
+        self.union: tuple[list[Vocabulary], Union] | None = None
+        if recipe.vocabulary == "union":
+            self._unite()
         self.rows = check_alike(list(self.models.values()), recipe.vocabulary)
         self._read_behind: dict[str, frozenset[str]] = {}
         self.layers = sum(self._lengths())
@@ -341,6 +397,40 @@ class Merge:
                     raise UserError(
                         f"{self.recipe.method} has no parameter {name!r}{did_you_mean(name, known)}; {takes}"
                     )
+
+    def _unite(self) -> None:
+        """Give every model the rows of all tokens, where the tokens differ."""
+        from trimtab.formats.overlay import overlay
+        from trimtab.formats.vocabulary import TOKENIZER, read_vocabulary, spread, united
+
+        order = sorted(self.models.values(), key=lambda m: m is not self._lead())
+        vocabularies = [read_vocabulary(m.onto or m.folder, m.vocabulary) for m in order]
+        union = united(vocabularies)
+        if all(source == tuple(range(union.rows)) for source in union.sources):
+            return
+        self.union = vocabularies, union
+        files = [file for m in order for file in (*m.checkpoint.files, (m.onto or m.folder) / TOKENIZER)]
+        tall = [n for n in order[0].checkpoint.names() if order[0].checkpoint.shape(n)[:1] == (vocabularies[0].rows,)]
+        for model, vocabulary in zip(order, vocabularies, strict=True):
+            for name in tall:
+                if model.checkpoint.shape(name)[0] != vocabulary.rows:
+                    raise UserError(f"{name} of {model.name} has {model.checkpoint.shape(name)[0]} rows, and its "
+                                    f"vocabulary {vocabulary.rows}; they are no pair")  # fmt: skip
+        for i, model in enumerate(order):
+            rows = ((name, spread([m.checkpoint.read(name) for m in order], union)[i]) for name in tall)
+            checkpoint = _once(
+                adapters_beside(self.out),
+                [*model.checkpoint.files, *files],
+                lambda folder, model=model, rows=rows: overlay(model.checkpoint, folder, rows),  # type: ignore[misc]
+            )
+            folder, config = checkpoint.path, {**model.config, "vocab_size": union.rows}
+            self.models[model.name] = Model(
+                model.name, folder, config, checkpoint, model.onto or model.folder, model.adapter
+            )
+
+    def _lead(self) -> Model:
+        """The model that gives the result its configuration, types and tokenizer."""
+        return self.models[self.recipe.base or self.recipe.slices[0].parents[0].model]
 
     def _all_settings(self) -> list[Settings]:
         slices = self.recipe.slices
@@ -428,18 +518,19 @@ class Merge:
                 depth = depth_of(index, stop - start)
                 places = [_at(name, offset + index) for _, _, offset in parents]
                 target, origin = _at(name, before + index), _at(name, base_start + index)
+                block = before + index
             else:
                 if len(slices) > 1 and number != (len(slices) - 1 if name in self._behind(lead) else 0):
                     continue
                 depth = depth_of(found[1], counts[found[0]]) if found else 0.0
-                places, target, origin = [name] * len(parents), name, name
+                places, target, origin, block = [name] * len(parents), name, name, 0
             sources = [(m, p, self._entry(m, p)) for (m, _, _), p in zip(parents, places, strict=True)]
             root = [(self.models[base], origin, self._entry(self.models[base], origin))] if base else []
             shapes.append((target, [*sources, *root]))
             settings = [(own, part.settings, self.recipe.settings) for _, own, _ in parents]
             place = 1.0 if "depth" in self.method.needs() and not found and name in self._behind(lead) else depth
             entries, origins = [e for *_, e in sources], [e for *_, e in root]
-            jobs.append(self._job(target, settings, places, depth, place, entries, origins))
+            jobs.append(self._job(target, settings, places, depth, place, block, entries, origins))
         _check_shapes(shapes)
         for model, _, _ in parents[1:]:
             extra = [n for n in model.checkpoint.names() if n not in lead.checkpoint]
@@ -475,6 +566,7 @@ class Merge:
         places: Sequence[str],
         depth: float,
         place: float,
+        block: int,
         sources: Sequence[Entry],
         base: Sequence[Entry],
     ) -> Job:
@@ -505,7 +597,11 @@ class Merge:
             numbers["density"],
             place,
             self.recipe.seed,
+            (block, self.layers),
         )
+        lead = self._lead()
+        if lead.onto is not None:  # what was changed of it is in fp32, and it need not be
+            stored = _kind(lead.onto, name, stored)
         dtype = STORED[self.recipe.dtype] if self.recipe.dtype else stored
         return Job(piece, tuple(sources), origin, dtype)
 
@@ -549,6 +645,7 @@ class Merge:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         with writing(self.out):
+            shutil.rmtree(adapters_beside(self.out), ignore_errors=True)
             if self.out.exists():
                 os.replace(self.out, work / "replaced")
             commit_folder(content, self.out.absolute())
@@ -573,8 +670,8 @@ class Merge:
                 total[owner].update(f"{job.piece.name} {digest}\n".encode())
         parents = [
             {"name": name, "base": name in {self.recipe.base, *(s.base for s in self.recipe.slices)},
-             "tensors_sha256": total[name].hexdigest()}
-            for name in self.models
+             "tensors_sha256": total[name].hexdigest(), "adapter": model.adapter}
+            for name, model in self.models.items()
         ]  # fmt: skip
         return {
             "out": str(self.out),
@@ -588,8 +685,9 @@ class Merge:
 
     def _write_along(self, folder: Path, report: Mapping[str, Any]) -> None:
         from trimtab.formats.huggingface import copy_companions, merge_card
+        from trimtab.formats.vocabulary import write_union
 
-        lead = self.models[self.recipe.base or self.recipe.slices[0].parents[0].model]
+        lead = self._lead()
         config = dict(lead.config)
         for key in LAYER_COUNTS:
             if key in config:
@@ -603,11 +701,26 @@ class Merge:
             config.pop("torch_dtype", None)
             config["dtype"] = names[self.recipe.dtype]
         tokens = open_model(self.recipe.tokenizer).folder if self.recipe.tokenizer else lead.folder
-        copy_companions(tokens, folder)
+        copy_companions(tokens if self.recipe.tokenizer else lead.onto or tokens, folder)
+        if self.union:
+            write_union(*self.union, folder)
         with writing(folder):
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
             recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
             (folder / "README.md").write_text(merge_card(report, recipe), "utf-8")
+
+
+@functools.cache
+def _types(folder: Path) -> dict[str, str]:
+    from trimtab.formats.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.dtype(name) for name in checkpoint.names()}
+
+
+def _kind(folder: Path, name: str, default: str) -> str:
+    """The type that a tensor has in a checkpoint."""
+    return _types(folder).get(name, default)
 
 
 def _at(name: str, index: int) -> str:

@@ -22,8 +22,11 @@ def command(
     density: Annotated[str | None, typer.Option(help="share of changes that is kept, for all or each")] = None,
     scale: Annotated[float | None, typer.Option(help="factor of the merged changes")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default the base's")] = None,
-    vocabulary: Annotated[str, typer.Option(help="same, or force: cut vocabularies to the smallest")] = "same",
+    vocabulary: Annotated[str, typer.Option(help="same; union: tokens of all; force: cut to the smallest")] = "same",
     shard: Annotated[str, typer.Option(help="most bytes a file of weights")] = "5GB",
+    apply_adapters: Annotated[
+        bool, typer.Option("--apply-adapters", help="put models that are adapters onto their models while merging")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in --out")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was cut off")] = False,
     evaluate: Annotated[
@@ -40,6 +43,8 @@ def command(
 
     given = {"weight": weight, "density": density, "scale": scale}
     recipe = asked_recipe(models, base, method, given, dtype, vocabulary, seed)
+    if apply_adapters and search:
+        raise UserError("a search measures whole models; merge the adapters first, or leave --search out")
     if search and not evaluate:
         raise UserError("a search needs data to choose by; give it with --evaluate")
     with o.progress(quiet or json) as tell:
@@ -52,6 +57,7 @@ def command(
         report = merge(
             recipe,
             out=out,
+            apply_adapters=apply_adapters,
             shard_bytes=parse_bytes(shard),
             resume=resume,
             overwrite=overwrite,
@@ -60,7 +66,9 @@ def command(
         if evaluate:
             from trimtab.judging import evaluate as measure
 
-            found["scores"] = measure([p["name"] for p in report["parents"]] + [report["out"]], evaluate, tell)
+            found["scores"] = measure(
+                [p["name"] for p in report["parents"] if not p["adapter"]] + [report["out"]], evaluate, tell
+            )
     report |= found
     if json:
         o.print_json(report)

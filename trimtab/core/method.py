@@ -177,6 +177,8 @@ class Merger(Method):
     - `weight`, `density`: a number a parent, as the recipe says for this tensor, else the method's field of that name;
     - `depth`: where the tensor's block lies, from 0 (the first) to 1 (the last); outside of blocks 0 for what is read
       before all of them and 1 for what is read behind;
+    - `block`: the place of the tensor's block in the result, from 0 on, and how many blocks there are; outside of
+      blocks the place is 0;
     - `rng`: a generator a parent, seeded by the run's seed, the tensor's name, the parent and the tile;
     - `gram`: inner products of the parents' tensors, fp64 `[parents, parents]`;
     - `threshold`: a number a parent: the least magnitude of change from the base among the `density` largest;
@@ -204,6 +206,24 @@ class Merger(Method):
     def at(self, **fields: Any) -> Self:
         """The same method with other fields."""
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+
+class Joiner(Method):
+    """`join(scenes, *, ...) -> nn.Module`: whole models into one, where no rule of one tensor at a time would do.
+
+    Keyword-only parameters: `moments`, for each group of places that `places` names the second moments
+    E[u u^T], u = [x_1, x_2, ..., 1], of what the modules at these places, one a model, read on the same data; double.
+    """
+
+    verb = "join"
+
+    @abstractmethod
+    def places(self, scenes: Sequence[Scene]) -> tuple[tuple[str, ...], ...]:
+        """Paths of modules, one a model in a group, whose inputs are to be looked at side by side."""
+
+    @abstractmethod
+    def join(self, scenes: Sequence[Scene], **stats: Any) -> nn.Module:
+        """The joined model; those of the scenes are left as they are."""
 
 
 class Allocator(Method):
@@ -330,7 +350,10 @@ class Cacher(Method):
         """Keys and values `[..., tokens, channels]` in their stored form."""
 
 
-_VERBS = (Solver, Rewriter, Merger, Allocator, Pricer, Wrapper, Optimiser, Estimator, Objective, Policy, Cacher)
+_VERBS = (
+    *(Solver, Rewriter, Merger, Joiner, Allocator, Pricer, Wrapper),
+    *(Optimiser, Estimator, Objective, Policy, Cacher),
+)
 VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in _VERBS}
 
 

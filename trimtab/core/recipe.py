@@ -69,6 +69,7 @@ class Recipe:
             tokens of all, `force` cuts every one to the smallest.
         tokenizer: the model whose tokenizer the result gets; None: the base's, or the first parent's.
         seed: of everything random.
+        adapters: parents may be adapters, which are put onto their models, or onto the base.
     """
 
     method: str
@@ -79,6 +80,7 @@ class Recipe:
     vocabulary: str = "same"
     tokenizer: str | None = None
     seed: int = 0
+    adapters: bool = False
 
     def models(self) -> list[str]:
         """Every model that takes part, each once, the base first."""

@@ -33,6 +33,7 @@ class Piece:
         weight, density: a number a parent.
         depth: where its block lies.
         seed: of everything random.
+        block: place of its block, and how many there are.
     """
 
     name: str
@@ -43,11 +44,13 @@ class Piece:
     density: tuple[float, ...] = ()
     depth: float = 0.0
     seed: int = 0
+    block: tuple[int, int] = (0, 1)
 
     def given(self, statistics: Mapping[str, Any], tile: int) -> dict[str, Any]:
         """What the method's keyword-only parameters name, for one tile."""
         assert self.method is not None
-        found: dict[str, Any] = {"weight": self.weight, "density": self.density, "depth": self.depth, **statistics}
+        found: dict[str, Any] = {"weight": self.weight, "density": self.density, "depth": self.depth}
+        found |= {"block": self.block, **statistics}
         needs = self.method.needs()
         if "rng" in needs:
             found["rng"] = tuple(

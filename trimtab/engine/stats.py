@@ -14,12 +14,12 @@ from trimtab.core.site import Site
 INPUT_STATS = frozenset({"gram", "mean", "absmean"})
 
 
-def rows_of(x: Tensor, module: nn.Module, site: Site) -> Tensor:
-    """A site's input as rows `[n, in]` fp32; a convolution's is unfolded into patches."""
-    if site.kind == "conv" and isinstance(module, nn.Conv2d):
+def rows_of(x: Tensor, module: nn.Module, path: str) -> Tensor:
+    """A module's input as rows `[n, in]` fp32; a convolution's is unfolded into patches."""
+    if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise NotImplementedError(
-                f"{site.path}: statistics of a convolution with padding {module.padding_mode}/{module.padding}"
+                f"{path}: statistics of a convolution with padding {module.padding_mode}/{module.padding}"
             )
         patches = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
         return patches.transpose(1, 2).reshape(-1, patches.shape[1]).float()
@@ -42,7 +42,7 @@ class Collector:
 
     def _hook(self, site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = rows_of(args[0].detach(), module, site)
+            x = rows_of(args[0].detach(), module, site.path)
             sums = self.sums.setdefault(site.path, {})
             self.rows[site.path] = self.rows.get(site.path, 0) + len(x)
             for name in self.wanted[site.path]:

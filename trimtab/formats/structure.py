@@ -13,6 +13,7 @@ edit.
 | `factor` | a linear or convolution becomes two thin ones | `rank` |
 | `gather` | the inputs of a linear are put into another order before it | |
 | `shortcut` | the residual passes a matrix on its way around a branch | `norm`, `branch`, `width` |
+| `share` | of a stack of experts fewer are left, and each old place is one of them | `members` |
 | `untie` | a weight that was shared becomes the module's own | |
 """
 
@@ -22,7 +23,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
 
+EXPERTS = 1 << 12  # no stack holds more experts
 LARGEST = 1 << 24  # no dimension of a weight is larger; a file that says so is broken
 
 
@@ -92,6 +94,26 @@ class Shortcut(nn.Module):
         if isinstance(output, tuple):
             return (output[0] + self(x).view_as(output[0]), *output[1:])
         return output + self(x).view_as(output)
+
+
+class Shared:
+    """Hook before a stack of experts: what was routed to an expert goes to the one that it became.
+
+    Args:
+        members: for each expert that the router knows its place in the stack.
+    """
+
+    def __init__(self, members: Sequence[int]) -> None:
+        self.members = tuple(members)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return tuple(map(self.moved, args)), {name: self.moved(value) for name, value in kwargs.items()}
+
+    def moved(self, value: Any) -> Any:
+        """The places of experts, which are the whole numbers among the arguments."""
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            return value
+        return torch.tensor(self.members, device=value.device)[value]
 
 
 class Factored(nn.Module):
@@ -239,6 +261,7 @@ def _fits(value: Any, annotation: str) -> bool:
         "bool": type(value) is bool,
         "float": type(value) in (int, float) and 0 <= value < 1,
         "str": type(value) is str,
+        "Sequence[int]": type(value) is list and 1 <= len(value) <= EXPERTS and all(size(v) for v in value),
         "list[int]": type(value) is list and 1 <= len(value) <= 5 and all(size(v) and v > 0 for v in value),
     }[kind]
 
@@ -300,16 +323,30 @@ def _resize(model: nn.Module, path: str, shape: list[int], bias: bool | None = N
     if old is None:
         raise UserError(f"edit resize: {path!r} ({type(module).__name__}) has no weight")
     seen = tuple(weight_of(module).shape)
-    stored = (shape[1], shape[0], *shape[2:]) if flipped(module) else tuple(shape)
     if isinstance(module, nn.modules.conv._ConvNd):
         before, after = module.groups, groups or module.groups
         _check_shape(path, shape, seen, grouped=before > 1)
         if shape[0] % after or list(seen[2:]) != shape[2:]:
             kernel = list(seen[2:])
             raise UserError(f"edit resize of {path!r}: {shape} does not make {after} groups of the kernel {kernel}")
-        module.groups, module.out_channels, module.in_channels = after, shape[0], shape[1] * after
     else:
         _check_shape(path, shape, seen)
+    give_shape(module, shape, bias, groups)
+
+
+def give_shape(module: nn.Module, shape: list[int], bias: bool | None = None, groups: int | None = None) -> None:
+    """Give a module a weight of another shape, with all that has one number an output, and sizes that say so.
+
+    Args:
+        shape: `[out, in, ...]`, as methods see it.
+        bias: make one where there is none.
+        groups: of a convolution; None: as many as it has.
+    """
+    old, seen = module.get_parameter("weight"), tuple(weight_of(module).shape)
+    stored = (shape[1], shape[0], *shape[2:]) if flipped(module) else tuple(shape)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        after = groups or module.groups
+        module.groups, module.out_channels, module.in_channels = after, shape[0], shape[1] * after
     for name, value in [*module._parameters.items(), *module._buffers.items()]:
         if name != "weight" and value is not None and tuple(value.shape) == seen[:1]:
             fresh = _parameter(value, shape[:1])
@@ -382,6 +419,19 @@ def _shortcut(model: nn.Module, path: str, norm: str, branch: str, width: int) -
     behind.register_forward_hook(made.give)
 
 
+def _share(model: nn.Module, path: str, members: Sequence[int]) -> None:
+    module = _module(model, "share", path)
+    stacks = {n: p for n, p in module._parameters.items() if p is not None and len(p) == len(members)}
+    if not stacks or sorted(set(members)) != [*range(max(members) + 1)]:
+        raise UserError(f"edit share: {path!r} holds no {len(members)} experts, or their places {members} leave a gap")
+    for name, value in stacks.items():
+        module._parameters[name] = _parameter(value, (max(members) + 1, *value.shape[1:]))
+    for name, value in vars(module).items():
+        if "experts" in name and value == len(members):
+            setattr(module, name, max(members) + 1)
+    module.register_forward_pre_hook(Shared(members), with_kwargs=True)
+
+
 def _untie(model: nn.Module, path: str) -> None:
     module = _module(model, "untie", path)
     weight = module._parameters.get("weight")
@@ -405,6 +455,7 @@ OPS: dict[str, Callable[..., None]] = {
     "factor": _factor,
     "gather": _gather,
     "shortcut": _shortcut,
+    "share": _share,
     "untie": _untie,
 }
 
@@ -563,7 +614,7 @@ def plain_config_changes(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -
     """
     edits = list(edits)
     config = getattr(model, "config", None)
-    if config is None or any(e["op"] in ("drop", "norm", "factor", "gather", "shortcut") for e in edits):
+    if config is None or any(e["op"] in ("drop", "norm", "factor", "gather", "shortcut", "share") for e in edits):
         return None
     changes: dict[str, Any] = {}
     if any(e["op"] == "remove" for e in edits):

@@ -85,7 +85,8 @@ def _group(model: nn.Module, modelmap: ModelMap, residual: Residual) -> Coupled:
     folded = {r for path in residual.norms for r in modelmap.readers.get(path, ())}
     odd = [m.path for m in group.members if (m.repeat, m.stride, m.offset) != (1, 1, 0) or m.side == "depthwise"]
     odd += sorted(read ^ folded)
-    odd += [p for p in sorted(read & folded) if model.get_submodule(p).get_parameter("weight").dim() != 2]
+    odd += [s.path for s in modelmap.sites if s.kind == "experts" and s.path in {m.path for m in group.members}]
+    odd += [p for p in sorted(read & folded - set(odd)) if model.get_submodule(p).get_parameter("weight").dim() != 2]
     if odd or group.padded or not residual.closed:
         raise UserError(
             f"the residual cannot be turned: no rotation folds into {odd[0] if odd else 'what else reads it'}"

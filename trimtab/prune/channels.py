@@ -62,7 +62,7 @@ class ChannelNorm(Rewriter):
     def rewrite(self, scene: Scene) -> None:
         """Cut the groups that the levels name to their widths."""
         cuts = {}
-        for group, keep in _named(scene).items():
+        for group, keep in named_groups(scene).items():
             scores = self.score([units_of(scene.model, group, m) for m in group.members])
             cuts[group] = _weakest(scores, keep, self.multiple)
         cut_units(scene.model, scene.edits, cuts)
@@ -118,7 +118,7 @@ class ChannelEnergy(Rewriter):
             UserError: a group none of whose readers has the statistic.
         """
         cuts = {}
-        for group, keep in _named(scene).items():
+        for group, keep in named_groups(scene).items():
             readers = [m for m in group.members if m.side == "in" and m.path in gram]
             if not readers:
                 raise UserError(
@@ -147,7 +147,7 @@ def _columns(weight: Tensor, channels: Tensor) -> Tensor:
     return (channels[:, None] * patch + torch.arange(patch)).flatten()
 
 
-def _named(scene: Scene) -> dict[Coupled, float]:
+def named_groups(scene: Scene) -> dict[Coupled, float]:
     """Share to keep of each group that the levels name: by any weight that makes its channels.
 
     A group is cut where all that its channels meet can follow: batch norms do, norms over the residual do not, and

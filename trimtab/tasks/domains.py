@@ -158,7 +158,8 @@ def merged_state(
     merged_tensors = {}
     for i, (name, tensor) in enumerate(parents[0].items()):
         depth = blocks[name] / deepest if name in blocks else float(i > behind)
-        piece = Piece(name, tuple(tensor.shape), method, names, weights, density, depth, seed)
+        block = (blocks.get(name, 0), deepest + 1)
+        piece = Piece(name, tuple(tensor.shape), method, names, weights, density, depth, seed, block)
         root = base[name] if base is not None and method.needs_base() else None
         merged_tensors[name] = merged(piece, [p[name] for p in parents], root)
     return merged_tensors

@@ -1,0 +1,56 @@
+"""What the router of a mixture of experts does on data: how often each expert is chosen, and which are chosen alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.modelmap import ModelMap
+
+
+@torch.no_grad()
+def routing(
+    model: nn.Module, modelmap: ModelMap, batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Statistics of every stack of experts over batches, by the stack's path.
+
+    Args:
+        modelmap: of the model.
+        batches: forward arguments by name.
+
+    Returns:
+        `usage`: shares of the choices `[experts]`; `likeness`: cosines between the experts' router logits
+        `[experts, experts]`.
+    """
+    stacks = {s.path.rpartition(".")[0]: (s.shape[0], s.block) for s in modelmap.sites if s.kind == "experts"}
+    routers = {s.block: s.path for s in modelmap.where("router")}
+    counts = {path: torch.zeros(size) for path, (size, _) in stacks.items()}
+    products = {path: torch.zeros(size, size, dtype=torch.double) for path, (size, _) in stacks.items()}
+
+    def chosen(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        places = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
+        counts[path] += torch.bincount(places.flatten(), minlength=len(counts[path]))
+
+    def routed(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        logits = nn.functional.linear(args[0], module.get_parameter("weight")).flatten(0, -2).double()
+        products[path] += logits.T @ logits
+
+    handles = []
+    for path, (_, block) in stacks.items():
+        handles.append(model.get_submodule(path).register_forward_pre_hook(partial(chosen, path), with_kwargs=True))
+        handles.append(model.get_submodule(routers[block]).register_forward_pre_hook(partial(routed, path)))
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    lengths = {path: product.diagonal().clamp_min(1e-12).sqrt() for path, product in products.items()}
+    return {
+        "usage": {path: count / count.sum().clamp_min(1) for path, count in counts.items()},
+        "likeness": {path: product / torch.outer(lengths[path], lengths[path]) for path, product in products.items()},
+    }
