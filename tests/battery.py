@@ -41,7 +41,7 @@ STATISTICS = {
     "merge": {"weight", "density", "depth", "rng", "gram", "threshold", "peak"},
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
-    "wrap": {"gram", "mean", "absmean", "grad", "rng"},
+    "wrap": {"gram", "mean", "absmean", "grad", "rng", "shared"},
     "step": {"rng", "seed"},
     "loss": {"features"},
     "decide": {"rng"},

@@ -65,7 +65,7 @@ def test_it_learns_and_says_so_with_an_interval(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["lora(scaling='root')", "dora", "paca", "s2ft", "lora-ga", "corda", "hydra", "smora"]
+    "method", ["lora(scaling='root')", "dora", "paca", "s2ft", "lora-ga", "corda", "hydra", "smora", "mos", "bi-lora"]
 )
 def test_an_adapter_comes_back_from_its_files(tiny: str, method: str, data: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "steps": 2}
@@ -74,8 +74,10 @@ def test_an_adapter_comes_back_from_its_files(tiny: str, method: str, data: Path
     assert set(frames(again)) == set(made.report["sites"])
     assert torch.allclose(logits(again), logits(made.model), atol=2e-4)
     expressible = (made.folder / CONFIG).is_file()
-    assert expressible is not (made.folder / DELTA).is_file() and expressible is (method != "smora")
-    if expressible:
+    assert expressible is not (made.folder / DELTA).is_file() and expressible is (
+        method not in ("smora", "mos", "bi-lora")
+    )
+    if method != "smora":
         assert torch.allclose(logits(merge(again)), logits(made.model), atol=5e-4)
     else:
         with pytest.raises(UserError, match="cannot be merged"):
@@ -113,6 +115,24 @@ def test_a_fitted_base_stays_packed(tiny: str, data: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="other"):
         attach(open_source(tiny).materialise(), made.folder, open_source(tiny).hash)
     attach(open_source(tiny).materialise(), made.folder, open_source(tiny).hash, force=True)
+
+
+@pytest.mark.parametrize("method", ["peqa", "l4q(rank=4)"])
+def test_a_fitted_base_is_trained_on_its_grid_and_stays_packed(
+    tiny: str, method: str, data: Path, tmp_path: Path
+) -> None:
+    artifact_of(tiny, "rtn @ model.layers.*=3b/g32", tmp_path / "fit")
+    made = adapt(str(tmp_path / "fit"), str(data), method=method, level="3b/g32", out=tmp_path / "run", **OPTIONS)
+    assert made.report["verdict"] == "better"
+    base = open_base(str(tmp_path / "fit"))
+    before = {path: module.packed for path, module in base.model.named_modules() if isinstance(module, PackedLinear)}
+    again = merge(attach(base.model, made.folder, base.hash))
+    assert torch.equal(logits(again), logits(made.model)), "merged is what was trained, bit for bit"
+    for path in made.report["sites"]:
+        ours = again.get_submodule(path).packed
+        assert ours.level == before[path].level and ours.nbytes == before[path].nbytes
+        same = torch.equal(ours.tensors["codes"], before[path].tensors["codes"])
+        assert same is (method == "peqa")
 
 
 def test_killed_and_resumed_it_ends_with_the_same_adapter(tiny: str, data: Path, tmp_path: Path, run: Any) -> None:

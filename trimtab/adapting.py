@@ -330,6 +330,7 @@ def collect(
 
     from trimtab.engine.stats import INPUT_STATS, Collector
     from trimtab.engine.train import order
+    from trimtab.parts.shared import Shared
 
     sites = list(sites)
     places = order(len(data.train), min(STATISTICS_ITEMS, len(data.train)), 0, seed + 1)
@@ -345,7 +346,9 @@ def collect(
     if "grad" in wanted:
         for path, grad in _gradients(base, data, sites, places).items():
             found[path]["grad"] = grad
+    shared = Shared(tuple(s.shape for s in sites))
     for i, site in enumerate(sites):
+        found[site.path]["shared"] = shared.at(i)
         found[site.path]["rng"] = torch.Generator().manual_seed(seed * 100_003 + i)
     return found
 

@@ -16,8 +16,9 @@ from trimtab.core.level import Dense
 from trimtab.core.plan import Plan, check
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from trimtab.core.method import Method
     from trimtab.engine.apply import Applied
     from trimtab.models.source import Source
     from trimtab.tasks.base import Scores
@@ -144,6 +145,7 @@ class Adapted:
         saved: most bytes kept for a backward pass.
         seconds: processor time of a step, the median.
         first: cosine of the first step's change of all adapted matrices with what the full gradient asks for.
+        model: the adapted module.
     """
 
     loss: float
@@ -153,6 +155,7 @@ class Adapted:
     saved: int
     seconds: float
     first: float
+    model: nn.Module
 
 
 class Shift:
@@ -225,6 +228,7 @@ class Shift:
         from trimtab.adapting import chosen_sites
         from trimtab.core.level import Rank
         from trimtab.core.plan import parse_method
+        from trimtab.parts.shared import Shared
 
         chosen: Any = parse_method(method)
         total = 0
@@ -232,6 +236,7 @@ class Shift:
             rows, cols = site.shape
             rng, ones = torch.Generator().manual_seed(0), torch.ones(cols)
             stats = {"rng": rng, "absmean": ones, "mean": ones, "gram": torch.eye(cols), "grad": torch.ones(rows, cols)}
+            stats["shared"] = Shared((site.shape,))
             frame = chosen.wrap(nn.Linear(cols, rows, False), Rank(4), **{k: stats[k] for k in chosen.needs()})
             total += sum(p.numel() for p in frame.parameters() if p.requires_grad)
         return f"r{4 * numbers // total}"
@@ -242,10 +247,13 @@ class Shift:
 
         return open_base(self.model)
 
-    def run(self, method: str, level: str, context: str = "new", rates: tuple[float, ...] | None = None) -> Adapted:
+    def run(
+        self, method: str | Method, level: str, context: str = "new", rates: tuple[float, ...] | None = None
+    ) -> Adapted:
         """Adapt a fresh copy with a method at a level, at the better of the rates.
 
         Args:
+            method: its name with its fields, or a method of a claim's own.
             context: what statistics are collected on: `new`, or `code`, the domain that the model comes from.
         """
         tried = [self._run(method, level, context, rate) for rate in rates or self.RATES]
@@ -255,25 +263,57 @@ class Shift:
         """Full fine-tuning of all linears of the blocks, for comparison."""
         return min((self._run("", "", "new", rate) for rate in (1e-4, 4e-4)), key=lambda pair: pair[0])[1]
 
-    def _run(self, method: str, level: str, context: str, rate: float) -> tuple[float, Adapted]:
+    def untrained(self, method: str | Method, level: str) -> float:
+        """Loss on the new domain once a method is put on, before any step."""
+        return self._loss(self._wrapped(method, level, "new").model, self.judging)
+
+    def solved(self, model: nn.Module, method: str, level: str) -> float:
+        """Loss on the new domain once the linears of a model's blocks are solved at a level, in place.
+
+        Statistics are of the training windows, on the model as it was before the first linear was solved.
+        """
+        import dataclasses
+
+        import torch
+
+        from trimtab.adapting import collect
+        from trimtab.core.level import parse_level
+        from trimtab.core.plan import parse_method
+
+        chosen: Any = parse_method(method)
+        sites = [s for s in self._opened.sites if s.kind == "linear" and s.block is not None]
+        base = dataclasses.replace(self._opened, model=model)
+        stats = collect(base, self.choosing, sites, chosen.needs(), self.seed)
+        with torch.no_grad():
+            for site in sites:
+                weight = model.get_parameter(f"{site.path}.weight")
+                wanted = {k: stats[site.path][k] for k in chosen.needs()}
+                weight.copy_(chosen.solve(weight.float(), parse_level(level), **wanted).dense())
+        return self._loss(model, self.judging)
+
+    def _wrapped(self, method: str | Method, level: str, context: str) -> Any:
+        from trimtab.adapting import chosen_sites, open_base, wrap_all
+        from trimtab.core.level import parse_level
+        from trimtab.core.plan import parse_method
+
+        base = open_base(self.model)
+        chosen: Any = parse_method(method) if isinstance(method, str) else method
+        about = self.knowing if context == "code" else self.choosing
+        wrap_all(base, about, chosen_sites(base, (), chosen), chosen, parse_level(level), self.seed)
+        return base
+
+    def _run(self, method: str | Method, level: str, context: str, rate: float) -> tuple[float, Adapted]:
         import statistics
         import time
 
         import torch
 
-        from trimtab.adapting import chosen_sites, open_base, wrap_all
-        from trimtab.core.level import parse_level
-        from trimtab.core.plan import parse_method
+        from trimtab.adapting import open_base
         from trimtab.engine.train import Recipe, train
         from trimtab.models.adapter import frames
 
-        base = open_base(self.model)
-        if method:
-            chosen: Any = parse_method(method)
-            sites = chosen_sites(base, (), chosen)
-            about = self.knowing if context == "code" else self.choosing
-            wrap_all(base, about, sites, chosen, parse_level(level), self.seed)
-        else:
+        base = self._wrapped(method, level, context) if method else open_base(self.model)
+        if not method:
             for site in base.sites:
                 if site.kind == "linear" and site.block is not None:
                     base.model.get_submodule(site.path).weight.requires_grad_(True)
@@ -300,6 +340,7 @@ class Shift:
             saved=done.saved_bytes,
             seconds=statistics.median(steps),
             first=first[0],
+            model=base.model,
         )
         return self._loss(base.model, self.choosing), found
 
@@ -317,6 +358,16 @@ class Shift:
             weight.requires_grad_(False)
         gone, asked = (torch.cat([t.flatten() for t in ts]) for ts in (list(change.values()), [-g for g in grads]))
         return float(torch.cosine_similarity(gone, asked, dim=0))
+
+    def open(self) -> Any:
+        """A fresh copy of the model, see `adapting.Base`."""
+        from trimtab.adapting import open_base
+
+        return open_base(self.model)
+
+    def loss(self, model: nn.Module) -> float:
+        """Loss of a model on the new domain, nats a token."""
+        return self._loss(model, self.judging)
 
     def _loss(self, model: Any, what: Any) -> float:
         from trimtab.adapting import scored

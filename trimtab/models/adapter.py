@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from trimtab.core.errors import UserError
 from trimtab.core.journal import commit_folder, write_atomic, writing
 from trimtab.core.level import parse_level
+from trimtab.engine.run import PackedLinear
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.formats.peft import CONFIG, LENGTHS, PREFIX, WEIGHTS, read_adapter
 from trimtab.parts.frozen import Frame, Frozen
 from trimtab.parts.lowrank_delta import LowRank
+from trimtab.parts.shared import Shared
+from trimtab.parts.trained_grid import OnGrid
 
 FORMAT = 1
 ABOUT, DELTA = "trimtab_adapter.json", "delta.safetensors"
@@ -41,14 +44,14 @@ def frames(model: nn.Module) -> dict[str, Frame]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter into a plain linear, in place.
+    """Fold every adapter into a plain linear, in place; a matrix that was trained on a grid stays packed.
 
     Raises:
         UserError: a method's delta depends on the input, so that no plain linear has its function.
     """
     for path, frame in frames(model).items():
         try:
-            merged = frame.merged()
+            merged = PackedLinear(frame.packed(), frame.bias) if isinstance(frame, OnGrid) else frame.merged()
         except NotImplementedError:
             raise UserError(f"{path} is adapted by a method that cannot be merged; serve it as an adapter") from None
         model.set_submodule(path, merged)
@@ -95,11 +98,12 @@ def _peft(pairs: Mapping[str, Any]) -> Any:
 
 
 def _plain(found: Mapping[str, Frame]) -> Any:
+    seen: dict[int, Tensor] = {}  # what several share is stored with the first
     for path, frame in found.items():
-        below = {name for name, _ in frame.base.named_parameters(prefix="base")}
-        for name, value in frame.state_dict().items():
-            if name not in below and not name.startswith("base."):
-                yield f"{path}/{name}", value.contiguous()
+        for name, value in frame.state_dict(keep_vars=True).items():
+            if not name.startswith("base.") and id(value) not in seen:
+                seen[id(value)] = value
+                yield f"{path}/{name}", value.detach().contiguous()
 
 
 def _config(
@@ -196,12 +200,14 @@ def _attach_delta(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> n
     from trimtab.core.plan import parse_method
 
     file, chosen, level = Checkpoint(folder / DELTA), parse_method(about["method"]), parse_level(about["level"])
-    for path in about["sites"]:
-        module = _module(model, path, folder)
+    modules = {path: _module(model, path, folder) for path in about["sites"]}
+    shared = Shared(tuple((b.out_features, b.in_features) for b in map(Frozen, modules.values())))
+    for place, (path, module) in enumerate(modules.items()):
         base = Frozen(module)
         stats = {
             **{"rng": torch.Generator(), "gram": torch.eye(base.in_features), "mean": torch.zeros(base.in_features)},
             **{"absmean": torch.ones(base.in_features), "grad": torch.zeros(base.out_features, base.in_features)},
+            "shared": shared.at(place),
         }
         frame = chosen.wrap(module, level, **{k: stats[k] for k in chosen.needs()})  # type: ignore[attr-defined]
         mine: dict[str, Tensor] = {n.split("/", 1)[1]: file.read(n) for n in file.names() if n.startswith(f"{path}/")}
