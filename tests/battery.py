@@ -43,7 +43,7 @@ STATISTICS = {
     "price": set(),
     "wrap": {"gram", "mean", "absmean", "grad", "rng", "shared"},
     "step": {"rng", "seed"},
-    "loss": {"features"},
+    "loss": {"weak"},
     "decide": {"rng"},
     "store": set(),
 }
