@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimtab.adapt.bi_lora import BiLoRA
 from trimtab.adapt.lora import LoRA
 from trimtab.adapt.lora_ga import LoRAGA
+from trimtab.adapt.loram import LoRAM
 from trimtab.adapt.mos import MoS
 from trimtab.adapt.paca import PaCA
 from trimtab.adapt.s2ft import S2FT
@@ -25,7 +26,8 @@ from trimtab.parts.frozen import Frozen
 from trimtab.parts.shared import Shared
 from trimtab.quant.rtn import RTN
 
-WRAPPERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Wrapper) and cls.family() == "adapt"}
+ALL = {name: cls for name, cls in METHODS.items() if issubclass(cls, Wrapper) and cls.family() == "adapt"}
+WRAPPERS = {name: cls for name, cls in ALL.items() if "linear" in cls.card.kinds}
 each = pytest.mark.parametrize("name", WRAPPERS)
 GRID = {"peqa", "l4q"}
 ROUNDED = GRID | {"bi-lora"}  # flat between steps: their gradient passes the rounding by, and has tests of its own
@@ -92,7 +94,7 @@ def disturb(module: nn.Module) -> nn.Module:
 @each
 def test_the_face_and_where_promised_the_function_stay(name: str, place: str) -> None:
     module, out, x = wrapped(name, place)
-    before, after = module(x), out(x)
+    before, after = module(x), out.eval()(x)
     assert after.shape == before.shape and after.dtype == before.dtype
     assert (out.in_features, out.out_features) == (before.shape[-1] * 0 + x.shape[-1], before.shape[-1])
     if "function" in out_card(name).keeps:
@@ -109,7 +111,7 @@ def test_merged_is_unmerged_where_promised(name: str, place: str) -> None:
     if "mergeable" not in out_card(name).keeps:
         pytest.skip("its card does not promise it")
     module, out, x = wrapped(name, place)
-    merged = disturb(out).merged()
+    merged = disturb(out).eval().merged()
     assert type(merged) is nn.Linear and trained(merged) == []
     assert (merged(x) - out(x)).abs().max() <= 1e-4 * out(x).abs().max()
     assert not torch.allclose(out(x), module(x), atol=1e-3), "the trained state changes something"
@@ -321,3 +323,20 @@ def test_the_rounding_of_an_adapter_passes_the_gradient_on() -> None:
     rounded = (standard + (standard.sign() * frame.levels[1] - standard).detach()) * w.std() + w.mean()
     (frame.base(x) + frame.scale * x @ rounded.T @ frame.factors()[1].detach().T).square().sum().backward()
     assert torch.allclose(frame.a.grad, w.grad, rtol=1e-3, atol=1e-3 * float(w.grad.abs().max()))
+
+
+def test_a_matrix_of_two_sizes_is_pruned_in_training_alone() -> None:
+    layer, x = nn.Linear(64, 40), torch.randn(200, 64, generator=seeded(0)) @ torch.randn(64, 64, generator=seeded(9))
+    gram = x.T @ x / len(x)
+    aligned, rough = (LoRAM(align=v).wrap(layer, Rank(4), gram=gram, rng=seeded(1)) for v in (True, False))
+    off = [float((frame(x) - layer(x)).detach().square().mean()) for frame in (aligned, rough)]
+    assert 0 < off[0] < off[1], "what stays makes good for what went"
+    small = aligned.pruned.dense()
+    assert int((small != 0).sum()) == 64 * 40 // 2 and aligned.pruned.nbytes < 0.6 * 2 * 64 * 40
+    disturb(aligned)
+    a, b, _ = aligned.factored()
+    assert torch.allclose(aligned(x), nn.functional.linear(x, small + b @ a, layer.bias), rtol=1e-4, atol=1e-3)
+    whole = nn.functional.linear(x, layer.weight + b @ a, layer.bias)
+    assert torch.allclose(aligned.eval()(x), whole, rtol=1e-4, atol=1e-3)
+    with pytest.raises(UserError, match="4b/g64"):
+        LoRAM(keep="4b/g64").wrap(layer, Rank(4), gram=gram, rng=seeded(1))

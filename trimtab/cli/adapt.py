@@ -61,3 +61,5 @@ def command(
     print(f"{found['trained']} numbers trained by {found['method']} at {found['level']} {where}")
     print(f"{found['saved_bytes'] / 1e6:.0f} MB kept for the backward pass, {found['peak_bytes'] / 1e6:.0f} MB peak")
     print(f"adapter: {found['adapter']} ({found['adapter_bytes'] / 1e6:.2f} MB)")
+    if found["artifact"]:
+        print(f"merged, at the same levels: {found['artifact']}")
