@@ -57,6 +57,7 @@ from trimtab.core.method import (
     Cacher,
     Merger,
     Method,
+    Objective,
     Optimiser,
     Pricer,
     Rewriter,
@@ -112,7 +113,7 @@ def test_a_card_is_sound(name: str) -> None:
     assert all(type(i) is int and 1 <= i <= ENTRIES for i in card.catalogue)
     assert card.claim.strip().endswith("."), "the claim is a sentence"
     assert card.kinds <= set(get_args(Kind))
-    assert bool(card.levels) is not issubclass(cls, Allocator | Pricer | Cacher | Merger | Optimiser)
+    assert bool(card.levels) is not issubclass(cls, Allocator | Pricer | Cacher | Merger | Objective | Optimiser)
     assert set(cls.needs()) <= STATISTICS[cls.verb], "it asks for what no engine has"
 
 

@@ -32,7 +32,7 @@ CLAIM = Claim(
         Check("the kept bytes are at most k / classes of all, and the seeds", "share", "<=", K / 10 + 0.1),
         Check("the teacher does not run in the training", "asked", "<=", 0.0),
     ),
-    seeds=tuple(range(10)),
+    seeds=(0, 1, 2, 3, 4),
 )
 
 

@@ -42,7 +42,6 @@ class USKD(Objective):
 
     card = Card(
         "uskd",
-        catalogue=(280,),
         paper="arXiv:2303.13005",
         claim="Without a teacher, a network with soft labels of its own is more accurate than with labels alone.",
         keeps=frozenset({"deterministic"}),
