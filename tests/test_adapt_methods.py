@@ -240,8 +240,7 @@ def test_a_trained_grid_is_what_is_packed_bit_for_bit(name: str, place: str) -> 
     disturb(out)
     packed = out.packed()
     assert packed.nbytes == packed.level.bytes(packed.shape) and packed.flaw() is None
-    bias = out.bias
-    assert torch.equal(nn.functional.linear(x, packed.dense(), bias), out(x))
+    assert torch.equal(PackedLinear(packed, out.bias)(x), out(x))
     if place == "packed":
         assert packed.level == Int(4, 32)
         start = WRAPPERS[name]().wrap(out.base, Int(2, 8), **({"rng": seeded(5)} if name == "l4q" else {}))

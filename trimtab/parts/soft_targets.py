@@ -38,8 +38,8 @@ def largest(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def spread_out(values: Tensor, places: Tensor, classes: int) -> Tensor:
     """Distributions `[n, classes]` from their k largest entries, the rest shared evenly.
 
-    >>> spread_out(torch.tensor([[0.5, 0.3]]), torch.tensor([[2, 0]]), 4).tolist()[0]
-    [0.30000001192092896, 0.10000000149011612, 0.5, 0.10000000149011612]
+    >>> [round(p, 3) for p in spread_out(torch.tensor([[0.5, 0.3]]), torch.tensor([[2, 0]]), 4).tolist()[0]]
+    [0.3, 0.1, 0.5, 0.1]
     """
     k = values.shape[1]
     rest = (1 - values.sum(1, keepdim=True)).clamp_min(0) / max(1, classes - k)

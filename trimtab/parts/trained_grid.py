@@ -39,8 +39,8 @@ class _OnGrid(Function):
         weight = whole * frame.spread(scale)
         ctx.frame = frame
         ctx.save_for_backward(x, gain, a, b)
-        bias = frame.bias
-        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = nn.functional.linear(x, weight.to(x.dtype))
+        return y if frame.bias is None else y.add_(frame.bias.to(x.dtype))  # as a packed linear adds it
 
     @staticmethod
     @once_differentiable
