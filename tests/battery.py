@@ -42,10 +42,10 @@ STATISTICS = {
     "join": {"moments"},
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
     "price": set(),
-    "wrap": {"gram", "mean", "absmean", "grad", "rng"},
+    "wrap": {"gram", "mean", "absmean", "grad", "rng", "shared"},
     "step": {"rng", "seed", "inputs", "errors"},
     "estimate": {"rng", "rate"},
-    "loss": {"features"},
+    "loss": {"weak"},
     "decide": {"rng", "changes"},
     "store": set(),
 }

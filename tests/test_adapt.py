@@ -18,7 +18,7 @@ from conftest import Said, artifact_of
 
 from trimtab.adapting import adapt, open_base
 from trimtab.core.errors import BudgetError, UserError
-from trimtab.engine.run import PackedEmbedding, PackedLinear
+from trimtab.engine.run import PackedEmbedding, PackedLinear, decoded
 from trimtab.models.adapter import ABOUT, CONFIG, DELTA, attach, frames, merge
 from trimtab.models.source import open_source
 
@@ -65,7 +65,8 @@ def test_it_learns_and_says_so_with_an_interval(run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["lora(scaling='root')", "dora", "paca", "s2ft", "lora-ga", "corda", "hydra", "smora"]
+    "method",
+    ["lora(scaling='root')", "dora", "paca", "s2ft", "lora-ga", "corda", "hydra", "smora", "mos", "bi-lora", "loram"],
 )
 def test_an_adapter_comes_back_from_its_files(tiny: str, method: str, data: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "steps": 2}
@@ -74,8 +75,10 @@ def test_an_adapter_comes_back_from_its_files(tiny: str, method: str, data: Path
     assert set(frames(again)) == set(made.report["sites"])
     assert torch.allclose(logits(again), logits(made.model), atol=2e-4)
     expressible = (made.folder / CONFIG).is_file()
-    assert expressible is not (made.folder / DELTA).is_file() and expressible is (method != "smora")
-    if expressible:
+    assert expressible is not (made.folder / DELTA).is_file() and expressible is (
+        method not in ("smora", "mos", "bi-lora")
+    )
+    if method != "smora":
         assert torch.allclose(logits(merge(again)), logits(made.model), atol=5e-4)
     else:
         with pytest.raises(UserError, match="cannot be merged"):
@@ -113,6 +116,56 @@ def test_a_fitted_base_stays_packed(tiny: str, data: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="other"):
         attach(open_source(tiny).materialise(), made.folder, open_source(tiny).hash)
     attach(open_source(tiny).materialise(), made.folder, open_source(tiny).hash, force=True)
+
+
+@pytest.mark.parametrize("method", ["peqa", "l4q(rank=4)"])
+def test_a_fitted_base_is_trained_on_its_grid_and_stays_packed(
+    tiny: str, method: str, data: Path, tmp_path: Path
+) -> None:
+    artifact_of(tiny, "rtn @ model.layers.*=3b/g32", tmp_path / "fit")
+    made = adapt(str(tmp_path / "fit"), str(data), method=method, level="3b/g32", out=tmp_path / "run", **OPTIONS)
+    assert made.report["verdict"] == "better"
+    base = open_base(str(tmp_path / "fit"))
+    before = {path: module.packed for path, module in base.model.named_modules() if isinstance(module, PackedLinear)}
+    again = merge(attach(base.model, made.folder, base.hash))
+    assert torch.equal(logits(again), logits(made.model)), "merged is what was trained, bit for bit"
+    for path in made.report["sites"]:
+        ours = again.get_submodule(path).packed
+        assert ours.level == before[path].level and ours.nbytes == before[path].nbytes
+        same = torch.equal(ours.tensors["codes"], before[path].tensors["codes"])
+        assert same is (method == "peqa")
+    written = tmp_path / "run" / "artifact"
+    assert made.report["artifact"] == str(written)
+    assert torch.equal(logits(open_base(str(written)).model), logits(made.model))
+    sizes = [sum(p.stat().st_size for p in (tmp_path / name).iterdir()) for name in ("fit", "run/artifact")]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_ladder_leaves_the_blocks_without_gradients_and_comes_back(tiny: str, data: Path, tmp_path: Path) -> None:
+    lora = adapt(tiny, str(data), level="r4", out=tmp_path / "lora", **OPTIONS)
+    made = adapt(tiny, str(data), method="lst", level="w25%", out=tmp_path / "run", **OPTIONS)
+    assert made.report["verdict"] == "better" and made.report["saved_bytes"] < lora.report["saved_bytes"]
+    rungs = frames(made.model)
+    assert list(rungs) == ["model.layers.0", "model.layers.1"]
+    seen: list[bool] = []
+
+    def see(block: Any, args: Any, out: Any) -> None:
+        seen.append((out[0] if isinstance(out, tuple) else out).requires_grad)
+
+    for rung in rungs.values():
+        rung.base.register_forward_hook(see)
+    made.model(input_ids=torch.arange(9)[None])
+    assert seen == [False, False]
+    again = attach(open_source(tiny).materialise(), made.folder)
+    assert torch.allclose(logits(again), logits(made.model), atol=1e-5)
+    tokens = torch.arange(12)[None]
+    assert torch.allclose(decoded(again, tokens), again(input_ids=tokens).logits, atol=1e-3)
+    with pytest.raises(UserError, match="cannot be merged"):
+        merge(again)
+    with pytest.raises(UserError, match="takes no targets"):
+        adapt(tiny, str(data), method="lst", level="w25%", targets=("q",), out=tmp_path / "no", **OPTIONS)
+    with pytest.raises(UserError, match="it takes a width"):
+        adapt(tiny, str(data), method="lst", level="r4", out=tmp_path / "no", **OPTIONS)
 
 
 def test_killed_and_resumed_it_ends_with_the_same_adapter(tiny: str, data: Path, tmp_path: Path, run: Any) -> None:

@@ -23,11 +23,12 @@ from trimtab.core.journal import write_atomic
 from trimtab.core.level import Level, parse_level
 from trimtab.core.method import Method, Wrapper, did_you_mean
 from trimtab.core.plan import parse_method
+from trimtab.core.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trimtab.core.site import Site
+    from trimtab.core.level import Shape
     from trimtab.engine.train import Recipe
     from trimtab.tasks.base import Batch, Scores, Task
     from trimtab.tasks.training import Prediction
@@ -104,7 +105,9 @@ class Adapted:
 
 @dataclass
 class Base:
-    """A model to adapt: its weights in memory or packed, its sites, tokenizer and task."""
+    """A model to adapt: its weights in memory or packed, its sites and blocks, tokenizer and task; an artifact's
+    folder.
+    """
 
     name: str
     model: nn.Module
@@ -115,6 +118,8 @@ class Base:
     tokenizer: Any
     source: Any
     context: int | None = None
+    blocks: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 @dataclass
@@ -192,7 +197,18 @@ def open_base(name: str, dtype: str = "fp32", length: int = 256) -> Base:
     mapped = trace(source.skeleton(), one if source.config.get("architectures") else tuple(one.values()))
     tokenizer = source.tokenizer() if source.task != "classification" else None
     context = source.config.get("max_position_embeddings") or source.config.get("n_positions")
-    return Base(name, model, source.hash, source.task, list(mapped.sites), mapped.siblings, tokenizer, source, context)
+    return Base(
+        name,
+        model,
+        source.hash,
+        source.task,
+        list(mapped.sites),
+        mapped.siblings,
+        tokenizer,
+        source,
+        context,
+        mapped.blocks,
+    )
 
 
 def _open_artifact(name: str, folder: Path) -> Base:
@@ -216,7 +232,9 @@ def _open_artifact(name: str, folder: Path) -> Base:
     model = build(contents, packed=True, tables=True)
     hashed = Checkpoint(folder).hash()[:16]
     context = config.get("max_position_embeddings") or config.get("n_positions")
-    return Base(name, model, hashed, task, list(mapped.sites), mapped.siblings, tokenizer, None, context)
+    return Base(
+        name, model, hashed, task, list(mapped.sites), mapped.siblings, tokenizer, None, context, mapped.blocks, folder
+    )
 
 
 def _one(config: Mapping[str, Any], task: str) -> dict[str, Tensor]:
@@ -229,11 +247,18 @@ def _one(config: Mapping[str, Any], task: str) -> dict[str, Tensor]:
 
 
 def chosen_sites(base: Base, targets: Sequence[str], chosen: Wrapper) -> list[Site]:
-    """The linears to adapt.
+    """The linears to adapt, or the blocks, for a method that is put on these.
 
     Raises:
-        UserError: a target names none of the model's linears.
+        UserError: a target names none of the model's linears, or the method takes no targets.
     """
+    if "block" in chosen.card.kinds:
+        if targets or not base.blocks:
+            raise UserError(
+                f"{chosen.card.name} is put on all blocks of a model, and takes no targets; {base.name} has "
+                f"{len(base.blocks)} blocks"
+            )
+        return [Site(path, "block", (), i, "block") for i, path in enumerate(base.blocks)]
     fit = [s for s in base.sites if s.kind in chosen.card.kinds and s.kind == "linear"]
     if not targets:
         roles = getattr(chosen, "roles", ())
@@ -344,6 +369,7 @@ def collect(
 
     from trimtab.engine.stats import INPUT_STATS, Collector
     from trimtab.engine.train import order
+    from trimtab.parts.shared import Shared
 
     sites = list(sites)
     places = order(len(data.train), min(STATISTICS_ITEMS, len(data.train)), 0, seed + 1)
@@ -359,9 +385,34 @@ def collect(
     if "grad" in wanted:
         for path, grad in _gradients(base, data, sites, places).items():
             found[path]["grad"] = grad
+    shared = Shared(_widths(base, data, sites) if sites[0].kind == "block" else tuple(s.shape for s in sites))
     for i, site in enumerate(sites):
+        found[site.path]["shared"] = shared.at(i)
         found[site.path]["rng"] = torch.Generator().manual_seed(seed * 100_003 + i)
     return found
+
+
+def _widths(base: Base, data: Material, sites: list[Site]) -> tuple[Shape, ...]:
+    """The residual's width at each block."""
+    import torch
+
+    found: dict[str, int] = {}
+    handles = []
+
+    def see(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            found[path] = (out[0] if isinstance(out, tuple) else out).shape[-1]
+
+        return hook
+
+    try:
+        handles = [base.model.get_submodule(s.path).register_forward_hook(see(s.path)) for s in sites]
+        with torch.no_grad():
+            data.train(base.model, torch.zeros(1, dtype=torch.int64))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple((found[s.path], found[s.path]) for s in sites)
 
 
 def _gradients(base: Base, data: Material, sites: list[Site], places: Tensor) -> dict[str, Tensor]:
@@ -441,10 +492,14 @@ class _Job:
         )
         after = scored(base.model, data)
         about = {"method": name, "level": request.level, "hash": base.hash, "base": request.model, "data": data.hash}
-        from trimtab.models.adapter import write_adapter
+        from trimtab.models.adapter import frames, write_adapter, write_merged
+        from trimtab.parts.trained_grid import OnGrid
 
-        folder = self.out / "adapter"
+        folder, artifact = self.out / "adapter", None
         size = write_adapter(folder, base.model, about, request.model, base.task)
+        if base.folder is not None and all(isinstance(f, OnGrid) for f in frames(base.model).values()):
+            artifact = str(self.out / "artifact")
+            write_merged(base.folder, base.model, self.out / "artifact")
         numbers = sum(p.numel() for p in trained)
         report = {
             **{"model": request.model, "task": data.task.name, "method": name, "level": request.level},
@@ -452,7 +507,7 @@ class _Job:
             **{"items": len(data.train), "held_out": len(data.apart), "steps": recipe.steps},
             **{"recipe": asdict(recipe), "memory": plan, "notes": data.notes},
             **compared(data, before, after),
-            **{"adapter": str(folder), "adapter_bytes": size, "saved_bytes": done.saved_bytes},
+            **{"adapter": str(folder), "adapter_bytes": size, "artifact": artifact, "saved_bytes": done.saved_bytes},
             **{"peak_bytes": peak_bytes(), "loss": done.log[-1]["loss"] if done.log else None},
             **{"seconds": time.perf_counter() - self.started},
         }

@@ -366,7 +366,12 @@ class Evidence:
         rows: list[Row] | None = None,
         drops: Mapping[str, float] = MappingProxyType({}),
     ) -> dict[str, Any]:
-        """Apply the chosen candidate, tighten until its artifact fits, verify it, judge it on the test data, report."""
+        """Apply the chosen candidate, tighten until its artifact fits, verify it, heal it where that is asked for,
+        judge it on the test data, report.
+        """
+        from trimtab.healing import heal, said
+        from trimtab.tasks.base import bootstrap
+
         job, budget, folder = self.job, self.job.request.budget, self.job.out / "artifact"
         gate: dict[str, Any] = {}
         size, haste = 0, 1.0
@@ -398,7 +403,17 @@ class Evidence:
                 "at least that"
             )
         original = self.scores("original", "test", job.stream)
-        ours = self.scores("result", "test", lambda: applied.stream)
+        ours = unhealed = self.scores("result", "test", lambda: applied.stream)
+        healing, before = None, None
+        if job.request.heal:
+            healing = job.timed("healing", partial(heal, self, applied, folder))
+            if healing["kept"]:
+                size = self.journal.step("healed/artifact", partial(self.write, applied, candidate.plan, folder))
+                gate = self.journal.step("healed/gate", partial(self.gate, applied, folder))
+                ours = self.scores("healed", "test", lambda: applied.stream)
+                before = self.point("before healing", size, unhealed, original, "test", plan=candidate.plan)
+                before["healed"] = list(bootstrap(job.task, ours, unhealed, job.batch("test").amounts)[2])
+            healing["before"] = before
         best = self.point(candidate.name, size, ours, original, "test", plan=candidate.plan)
         report: dict[str, Any] = {
             **{"model": job.source.name, "task": job.task.name, "budget": budget.limits(), "best": best},
@@ -411,7 +426,9 @@ class Evidence:
             theirs = self.scores("uniform", "test", lambda: job.apply(uniform, "uniform-test").stream)
             size_uniform = fixed + sum(r.bytes for r in uniform.rows.values())
             report["uniform"] = self.point(uniform.name, size_uniform, theirs, original, "test", plan=uniform.plan)
-            verdicts.append(self.versus(ours, theirs, candidate is uniform))
+            verdicts.append(self.versus(unhealed, theirs, candidate is uniform))
+        if healing is not None:
+            verdicts.append(said(healing, before))
         missed = self.missed(best, gate)
         verdicts += missed or ["every limit of the budget is met"] if budget.limits() else []
         sites = self.site_rows(candidate, applied)
@@ -426,6 +443,7 @@ class Evidence:
             **{
                 "gate": gate,
                 "forecast": self.forecast(candidate, rows),
+                "healing": healing,
                 "sites": sites,
                 "machine": machine(),
                 "versions": versions(),

@@ -61,6 +61,7 @@ class Request:
         context, batch: the run that a memory budget is for.
         couple: sites that read one tensor share a choice, as fused kernels need it.
         padding: allow groups that do not divide a site's columns.
+        heal: steps of training of the result towards the original's outputs, see `healing`; 0: none.
         seed: of everything random.
     """
 
@@ -77,6 +78,7 @@ class Request:
     batch: int = 1
     couple: bool = True
     padding: bool = True
+    heal: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +87,8 @@ class Request:
                 raise UserError(f"unknown {what} {value!r}{did_you_mean(value, known)}; choose from {', '.join(known)}")
         if not isinstance(parse_method(self.allocator), Allocator):
             raise UserError(f"{self.allocator} is no allocator; `trimtab methods --family alloc` lists them")
+        if self.heal < 0:
+            raise UserError(f"healing for {self.heal} steps was asked for; give 0 for none, or more")
         menu(self.effort, self.methods)
         if self.plan is not None:
             Plan.parse(self.plan)

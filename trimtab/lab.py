@@ -16,8 +16,9 @@ from trimtab.core.level import Dense
 from trimtab.core.plan import Plan, check
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from trimtab.core.method import Method
     from trimtab.engine.apply import Applied
     from trimtab.models.source import Source
     from trimtab.pretraining import Pretraining
@@ -152,6 +153,7 @@ class Adapted:
         seconds: processor time of a step, the median.
         first: cosine of the first step's change of all adapted matrices with what the full gradient asks for.
         held: most bytes of gradients and of the optimiser's state after a step.
+        model: the adapted module.
     """
 
     loss: float
@@ -162,6 +164,7 @@ class Adapted:
     seconds: float
     first: float
     held: int
+    model: nn.Module
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,7 @@ class Shift:
         from trimtab.adapting import chosen_sites
         from trimtab.core.level import Rank
         from trimtab.core.plan import parse_method
+        from trimtab.parts.shared import Shared
 
         chosen: Any = parse_method(method)
         total = 0
@@ -258,6 +262,7 @@ class Shift:
             rows, cols = site.shape
             rng, ones = torch.Generator().manual_seed(0), torch.ones(cols)
             stats = {"rng": rng, "absmean": ones, "mean": ones, "gram": torch.eye(cols), "grad": torch.ones(rows, cols)}
+            stats["shared"] = Shared((site.shape,))
             frame = chosen.wrap(nn.Linear(cols, rows, False), Rank(4), **{k: stats[k] for k in chosen.needs()})
             total += sum(p.numel() for p in frame.parameters() if p.requires_grad)
         return f"r{4 * numbers // total}"
@@ -268,10 +273,13 @@ class Shift:
 
         return open_base(self.model)
 
-    def run(self, method: str, level: str, context: str = "new", rates: tuple[float, ...] | None = None) -> Adapted:
+    def run(
+        self, method: str | Method, level: str, context: str = "new", rates: tuple[float, ...] | None = None
+    ) -> Adapted:
         """Adapt a fresh copy with a method at a level, at the better of the rates.
 
         Args:
+            method: its name with its fields, or a method of a claim's own.
             context: what statistics are collected on: `new`, or `code`, the domain that the model comes from.
         """
         tried = [self._run(method, level, context, rate) for rate in rates or self.RATES]
@@ -285,16 +293,54 @@ class Shift:
         """Fine-tune a fresh copy at the best of the rates."""
         return min((self._run("", "", "new", rate, tuning) for rate in rates), key=lambda pair: pair[0])[1]
 
+    def untrained(self, method: str | Method, level: str) -> float:
+        """Loss on the new domain once a method is put on, before any step."""
+        return self._loss(self._wrapped(method, level, "new").model, self.judging)
+
+    def solved(self, model: nn.Module, method: str, level: str) -> float:
+        """Loss on the new domain once the linears of a model's blocks are solved at a level, in place.
+
+        Statistics are of the training windows, on the model as it was before the first linear was solved.
+        """
+        import dataclasses
+
+        import torch
+
+        from trimtab.adapting import collect
+        from trimtab.core.level import parse_level
+        from trimtab.core.plan import parse_method
+
+        chosen: Any = parse_method(method)
+        sites = [s for s in self._opened.sites if s.kind == "linear" and s.block is not None]
+        base = dataclasses.replace(self._opened, model=model)
+        stats = collect(base, self.choosing, sites, chosen.needs(), self.seed)
+        with torch.no_grad():
+            for site in sites:
+                weight = model.get_parameter(f"{site.path}.weight")
+                wanted = {k: stats[site.path][k] for k in chosen.needs()}
+                weight.copy_(chosen.solve(weight.float(), parse_level(level), **wanted).dense())
+        return self._loss(model, self.judging)
+
+    def _wrapped(self, method: str | Method, level: str, context: str) -> Any:
+        from trimtab.adapting import chosen_sites, open_base, wrap_all
+        from trimtab.core.level import parse_level
+        from trimtab.core.plan import parse_method
+
+        base = open_base(self.model)
+        chosen: Any = parse_method(method) if isinstance(method, str) else method
+        about = self.knowing if context == "code" else self.choosing
+        wrap_all(base, about, chosen_sites(base, (), chosen), chosen, parse_level(level), self.seed)
+        return base
+
     def _run(
-        self, method: str, level: str, context: str, rate: float, tuning: Tuning = Tuning()
+        self, method: str | Method, level: str, context: str, rate: float, tuning: Tuning = Tuning()
     ) -> tuple[float, Adapted]:
         import statistics
         import time
 
         import torch
 
-        from trimtab.adapting import chosen_sites, open_base, wrap_all
-        from trimtab.core.level import parse_level
+        from trimtab.adapting import open_base
         from trimtab.core.plan import parse_method
         from trimtab.engine.freezing import Freezing
         from trimtab.engine.train import Recipe, train
@@ -302,15 +348,10 @@ class Shift:
         from trimtab.parts.stepping import Stepping
         from trimtab.training import blocks_of
 
-        base = open_base(self.model)
-        if method:
-            chosen: Any = parse_method(method)
-            sites = chosen_sites(base, (), chosen)
-            about = self.knowing if context == "code" else self.choosing
-            wrap_all(base, about, sites, chosen, parse_level(level), self.seed)
-        elif tuning.whole:
+        base = self._wrapped(method, level, context) if method else open_base(self.model)
+        if not method and tuning.whole:
             base.model.requires_grad_(True)
-        else:
+        elif not method:
             for site in base.sites:
                 if site.kind == "linear" and site.block is not None:
                     base.model.get_submodule(site.path).weight.requires_grad_(True)
@@ -352,6 +393,7 @@ class Shift:
             seconds=statistics.median(steps),
             first=first[0],
             held=held[0],
+            model=base.model,
         )
         return self._loss(base.model, self.choosing), found
 
@@ -369,6 +411,16 @@ class Shift:
             weight.requires_grad_(False)
         gone, asked = (torch.cat([t.flatten() for t in ts]) for ts in (list(change.values()), [-g for g in grads]))
         return float(torch.cosine_similarity(gone, asked, dim=0))
+
+    def open(self) -> Any:
+        """A fresh copy of the model, see `adapting.Base`."""
+        from trimtab.adapting import open_base
+
+        return open_base(self.model)
+
+    def loss(self, model: nn.Module) -> float:
+        """Loss of a model on the new domain, nats a token."""
+        return self._loss(model, self.judging)
 
     def _loss(self, model: Any, what: Any) -> float:
         from trimtab.adapting import scored

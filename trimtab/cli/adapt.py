@@ -19,6 +19,7 @@ def command(
     ] = None,
     method: Annotated[str, typer.Option(help="see `trimtab methods --family adapt`; auto tries some")] = "lora",
     rank: Annotated[int, typer.Option(min=1, help="rank, or columns, of each adapted linear")] = 16,
+    level: Annotated[str, typer.Option(help="level in place of a rank, for methods that take one: 3b/g64, w25%")] = "",
     targets: Annotated[str, typer.Option(help="roles, names or globs of linears, like q,v; empty: the method's")] = "",
     memory: Annotated[str | None, typer.Option(help="peak memory of the training, like 6GB")] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 100,
@@ -45,7 +46,7 @@ def command(
     }
     with o.progress(quiet or json) as tell:
         found = adapt(
-            model, data, method=method, level=f"r{rank}", out=out, resume=resume, progress=tell, **asked
+            model, data, method=method, level=level or f"r{rank}", out=out, resume=resume, progress=tell, **asked
         ).report
     if json:
         o.print_json(found)
@@ -55,3 +56,5 @@ def command(
     print(f"{found['trained']} numbers trained by {found['method']} at {found['level']} {where}")
     print(f"{found['saved_bytes'] / 1e6:.0f} MB kept for the backward pass, {found['peak_bytes'] / 1e6:.0f} MB peak")
     print(f"adapter: {found['adapter']} ({found['adapter_bytes'] / 1e6:.2f} MB)")
+    if found["artifact"]:
+        print(f"merged, at the same levels: {found['artifact']}")

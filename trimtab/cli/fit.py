@@ -31,6 +31,7 @@ def command(
     batch: o.Batch = 1,
     couple: o.Couple = True,
     padding: o.Padding = True,
+    heal: Annotated[int, typer.Option(min=0, help="steps that train the result towards the original")] = 0,
     seed: o.Seed = 0,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -58,6 +59,7 @@ def command(
             batch=batch,
             couple=couple,
             padding=padding,
+            heal=heal,
             seed=seed,
         )
     if json:

@@ -25,34 +25,70 @@ from torch import Tensor, nn
 from trimtab.core.errors import UserError
 from trimtab.core.journal import commit_folder, write_atomic, writing
 from trimtab.core.level import parse_level
+from trimtab.engine.run import PackedLinear
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.formats.peft import CONFIG, LENGTHS, PREFIX, WEIGHTS, read_adapter
 from trimtab.parts.frozen import Frame, Frozen
+from trimtab.parts.ladder import Rung
 from trimtab.parts.lowrank_delta import LowRank
+from trimtab.parts.shared import Shared
+from trimtab.parts.trained_grid import OnGrid
 
 FORMAT = 1
 ABOUT, DELTA = "trimtab_adapter.json", "delta.safetensors"
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "embedding": "FEATURE_EXTRACTION"}
 
 
-def frames(model: nn.Module) -> dict[str, Frame]:
-    """The adapted linears of a model, by path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Frame)}
+def frames(model: nn.Module) -> dict[str, Frame | Rung]:
+    """The adapted linears or blocks of a model, by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Frame | Rung)}
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter into a plain linear, in place.
+    """Fold every adapter into a plain linear, in place; a matrix that was trained on a grid stays packed.
 
     Raises:
         UserError: a method's delta depends on the input, so that no plain linear has its function.
     """
     for path, frame in frames(model).items():
         try:
-            merged = frame.merged()
+            merged = PackedLinear(frame.packed(), frame.bias) if isinstance(frame, OnGrid) else frame.merged()
         except NotImplementedError:
             raise UserError(f"{path} is adapted by a method that cannot be merged; serve it as an adapter") from None
         model.set_submodule(path, merged)
     return model
+
+
+def write_merged(source: Path, model: nn.Module, folder: Path) -> int:
+    """Write an artifact anew with what was trained on its grids, at the same levels; its bytes on disk.
+
+    Args:
+        source: the artifact that the model was opened from.
+        model: its linears trained on a grid, not merged.
+
+    Raises:
+        UserError: an adapter is no change of scales and codes, so that no artifact of these levels has its function.
+    """
+    from trimtab.models.artifact import MANIFEST, open_artifact, write_artifact
+
+    contents = open_artifact(source)
+    packed = {}
+    for path, frame in frames(model).items():
+        if not isinstance(frame, OnGrid):
+            raise UserError(
+                f"{path} is adapted by a method that leaves no grid; serve it as an adapter beside {source}"
+            )
+        packed[f"{path}.weight"] = frame.packed()
+    rows = contents.manifest["packed"]
+    tensors = {name: packed[name] if name in packed else read() for name, read in contents.packed.items()}
+    names = sorted([*tensors, *contents.dense])
+    return write_artifact(
+        folder,
+        ((name, tensors[name] if name in tensors else contents.read(name)) for name in names),
+        {name: (row["shape"], row["transposed"]) for name, row in rows.items()},
+        {k: v for k, v in contents.manifest.items() if k not in ("packed", "format")},
+        [p for p in sorted(source.iterdir()) if p.is_file() and p.name != MANIFEST and "safetensors" not in p.name],
+    )
 
 
 def write_adapter(folder: Path, model: nn.Module, about: Mapping[str, Any], base: str, task: str) -> int:
@@ -78,6 +114,7 @@ def write_adapter(folder: Path, model: nn.Module, about: Mapping[str, Any], base
             else:
                 write_safetensors(dict(_plain(found)), temporary / DELTA)
             entry = {"format": FORMAT, **about, "sites": list(found), "peft": len(ranks) == len(found)}
+            entry["shapes"] = [[frame.out_features, frame.in_features] for frame in found.values()]
             write_atomic(temporary / ABOUT, lambda p: p.write_text(json.dumps(entry, indent=1), "utf-8"))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -94,16 +131,17 @@ def _peft(pairs: Mapping[str, Any]) -> Any:
             yield f"{PREFIX}{path}{LENGTHS}", lengths.contiguous()
 
 
-def _plain(found: Mapping[str, Frame]) -> Any:
+def _plain(found: Mapping[str, Frame | Rung]) -> Any:
+    seen: dict[int, Tensor] = {}  # what several share is stored with the first
     for path, frame in found.items():
-        below = {name for name, _ in frame.base.named_parameters(prefix="base")}
-        for name, value in frame.state_dict().items():
-            if name not in below and not name.startswith("base."):
-                yield f"{path}/{name}", value.contiguous()
+        for name, value in frame.state_dict(keep_vars=True).items():
+            if not name.startswith("base.") and id(value) not in seen:
+                seen[id(value)] = value
+                yield f"{path}/{name}", value.detach().contiguous()
 
 
 def _config(
-    model: nn.Module, found: Mapping[str, Frame], ranks: Mapping[str, int], lengths: bool, base: str, task: str
+    model: nn.Module, found: Mapping[str, Frame | Rung], ranks: Mapping[str, int], lengths: bool, base: str, task: str
 ) -> dict[str, Any]:
     names = sorted({path.rpartition(".")[2] for path in found})
     same = {
@@ -196,12 +234,14 @@ def _attach_delta(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> n
     from trimtab.core.plan import parse_method
 
     file, chosen, level = Checkpoint(folder / DELTA), parse_method(about["method"]), parse_level(about["level"])
-    for path in about["sites"]:
-        module = _module(model, path, folder)
-        base = Frozen(module)
+    modules = {path: _module(model, path, folder) for path in about["sites"]}
+    shared = Shared(tuple((rows, cols) for rows, cols in about["shapes"]))
+    for place, (path, module) in enumerate(modules.items()):
+        rows, cols = shared.shapes[place]
         stats = {
-            **{"rng": torch.Generator(), "gram": torch.eye(base.in_features), "mean": torch.zeros(base.in_features)},
-            **{"absmean": torch.ones(base.in_features), "grad": torch.zeros(base.out_features, base.in_features)},
+            **{"rng": torch.Generator(), "gram": torch.eye(cols), "mean": torch.zeros(cols)},
+            **{"absmean": torch.ones(cols), "grad": torch.zeros(rows, cols)},
+            "shared": shared.at(place),
         }
         frame = chosen.wrap(module, level, **{k: stats[k] for k in chosen.needs()})  # type: ignore[attr-defined]
         mine: dict[str, Tensor] = {n.split("/", 1)[1]: file.read(n) for n in file.names() if n.startswith(f"{path}/")}

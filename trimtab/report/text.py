@@ -31,8 +31,10 @@ def print_report(report: dict[str, Any], sites: bool = False) -> None:
         ("plan", "left"),
     ):
         table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
-    for label in ("original", "best", "uniform"):
-        if point := report.get(label):
+    points = {label: report.get(label) for label in ("original", "best", "uniform")}
+    points["unhealed"] = (report.get("healing") or {}).get("before")
+    for label, point in points.items():
+        if point:
             table.add_row(*_cells(label, point))
     console.print(table, highlight=False)
     if report["front"]:

@@ -10,6 +10,7 @@ from trimtab.core.errors import UserError
 from trimtab.tasks.base import Task
 from trimtab.tasks.causal_lm import CausalLM, Embedding, MaskedLM
 from trimtab.tasks.classification import Classification
+from trimtab.tasks.pictures import read_pictures
 
 if TYPE_CHECKING:
     from trimtab.models.source import Source
@@ -134,12 +135,12 @@ def _classes(source: Source, data: str | None) -> dict[str, Any]:
             raise UserError(f"{data} must return a dict with the splits {', '.join(SPLITS)}, each (inputs, labels)")
         return _checked({s: made[s] for s in SPLITS}, key, source, data)
     path = Path(data).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
-            f"there is no data file {path}; give an .npz with arrays `images` and `labels`, or module:function, with "
-            "--data"
+            f"there is no data file {path}; give an .npz with arrays `images` and `labels`, a folder with one folder "
+            "of images a class, or module:function, with --data"
         )
-    images, labels = _npz(path)
+    images, labels = read_pictures(path, source) if path.is_dir() else _npz(path)
     n = len(labels)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     cuts = (0, int(0.6 * n), int(0.8 * n), n)
