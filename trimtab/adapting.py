@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from trimtab.core.level import Shape
     from trimtab.engine.train import Recipe
+    from trimtab.parts.saving import Codec
     from trimtab.tasks.base import Batch, Scores, Task
     from trimtab.tasks.training import Prediction
 
@@ -38,7 +39,7 @@ STATISTICS_ITEMS = 16  # that gram, absmean and gradient are collected on
 AUTO = ("lora(scaling='root')", "paca", "lora-ga", "dora")
 AUTO_SHARE = 0.1  # of the steps, for each method that is tried
 OUTPUTS = 1 << 24  # of a model that are there at once when it is measured, 64 MB
-LADDER = (("exact", 0.22), ("exact", 1.0), ("int8", 1.0), ("int4", 1.0))
+LADDER: tuple[tuple[Codec, float], ...] = (("exact", 0.22), ("exact", 1.0), ("int8", 1.0), ("int4", 1.0))
 
 
 @dataclass(frozen=True)
@@ -617,7 +618,8 @@ def compared(data: Material, before: Scores, after: Scores) -> dict[str, Any]:
 def within(
     limit: int, model: nn.Module, data: Material, recipe: Recipe, trained: Sequence[nn.Parameter], state: int
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe changed so that the process stays within a limit: first by what costs time alone, then by codecs.
+    """The recipe changed so that the process stays within a limit: first by what costs time alone, then by codecs, and
+    then the same with freed memory given back at once.
 
     One item is passed through once with each setting; what a step needs is what is held now, gradients and the
     optimiser's state, and the measured bytes of each item that is in flight.
@@ -628,54 +630,60 @@ def within(
     Raises:
         BudgetError: nothing fits; the message says what would.
     """
-    import torch
-
-    from trimtab.engine.measure import forget_peak, held_bytes, peak_bytes
-    from trimtab.engine.memory import give_back_freed_memory, keep_freed_memory
-    from trimtab.engine.train import training_mode
-    from trimtab.parts.saving import Saver
-
-    keep_freed_memory()
-    training_mode(model)
-    one = torch.zeros(1, dtype=torch.int64)
-    codec, share = LADDER[-1]
-    with Saver([*model.parameters(), *model.buffers()], codec, share):  # type: ignore[arg-type]
-        data.train(model, one)  # what is made once is there
-    give_back_freed_memory()
-    kept: dict[tuple[str, float], int] = {}
-    rest = float("nan")
-    fixed = held_bytes()
-    for codec, share in reversed(LADDER):  # the leanest first: what it leaves behind does not count for the others
-        saver = Saver([*model.parameters(), *model.buffers()], codec, share)  # type: ignore[arg-type]
-        if (codec, share) == LADDER[-1]:
-            forget_peak()
-        with saver:
-            value, _ = data.train(model, one)
-        kept[codec, share] = saver.held
-        if (codec, share) == LADDER[-1]:
-            value.backward()
-            rest = max(0, peak_bytes() - fixed - kept[codec, share])
-        del value
-    for p in trained:
-        p.grad = None
-
-    def needs(micro: int, setting: tuple[str, float]) -> int:
-        return int(fixed + state + micro * (kept[setting] + rest))
-
     sizes = [recipe.batch]
     while sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
     exact = [s for s in LADDER if s[0] == "exact"]
     tries = [(sizes[0], s) for s in exact] + [(m, exact[-1]) for m in sizes[1:]]
     tries += [(m, s) for s in LADDER if s[0] != "exact" for m in sizes[-1:]]
-    for micro, setting in tries:
-        if needs(micro, setting) <= limit:
-            plan = {"limit": limit, "expected": needs(micro, setting), "held": fixed, "state": state}
-            return replace(recipe, micro=micro, codec=setting[0], recompute=setting[1]), plan  # type: ignore[arg-type]
-    least = needs(1, LADDER[-1])
+    for frugal in (False, True):
+        fixed, items = _passed(model, data, trained, frugal)
+        for micro, setting in tries:
+            needs = fixed + state + micro * items[setting]
+            if needs <= limit:
+                plan = {"limit": limit, "expected": needs, "held": fixed, "state": state}
+                codec, share = setting
+                return replace(recipe, micro=micro, codec=codec, recompute=share, frugal=frugal), plan
     raise BudgetError(
-        f"{say_bytes(limit)} of memory were asked for, and the least that fits is {say_bytes(least)}: "
-        f"{say_bytes(fixed)} for the process with its weights, {say_bytes(state)} for gradients and the optimiser, "
-        f"{say_bytes(kept[LADDER[-1]] + rest)} for one item in flight; raise --memory, shorten --length, lower --rank, "
-        "hold weights in bf16, or adapt a fitted artifact"
+        f"{say_bytes(limit)} of memory were asked for, and the least that fits is "
+        f"{say_bytes(fixed + state + items[LADDER[-1]])}: {say_bytes(fixed)} for the process with its weights, "
+        f"{say_bytes(state)} for gradients and the optimiser, {say_bytes(items[LADDER[-1]])} for one item in flight; "
+        "raise --memory, shorten --length, lower --rank, hold weights in bf16, or adapt a fitted artifact"
     )
+
+
+def _passed(
+    model: nn.Module, data: Material, trained: Sequence[nn.Parameter], frugal: bool
+) -> tuple[int, dict[tuple[Codec, float], int]]:
+    """Bytes that the process holds, and that one item takes in flight with each setting of the ladder."""
+    import torch
+
+    from trimtab.engine.measure import forget_peak, held_bytes, peak_bytes
+    from trimtab.engine.memory import give_back_freed_memory, keep_freed_memory
+    from trimtab.engine.train import FRUGAL, training_mode
+    from trimtab.parts.saving import Saver
+
+    def saver(setting: tuple[Codec, float]) -> Saver:
+        return Saver([*model.parameters(), *model.buffers()], *setting)
+
+    keep_freed_memory(FRUGAL if frugal else None)
+    training_mode(model)
+    one = torch.zeros(1, dtype=torch.int64)
+    with saver(LADDER[-1]):
+        data.train(model, one)  # what is made once is there
+    give_back_freed_memory()
+    fixed = held_bytes()
+    forget_peak()
+    with (lean := saver(LADDER[-1])):  # before the others: what they leave behind does not count
+        value, _ = data.train(model, one)
+    value.backward()
+    del value
+    rest = max(0, peak_bytes() - fixed - lean.held)
+    for p in trained:
+        p.grad = None
+    kept = {}
+    for setting in LADDER:
+        with (held := saver(setting)):
+            data.train(model, one)
+        kept[setting] = held.held + rest
+    return fixed, kept

@@ -22,6 +22,7 @@ def keep_freed_memory(largest: int | None = None) -> None:
             mallopt(trim_threshold, (1 << 31) - 1)
             mallopt(top_pad, 1 << 26)
         else:
+            mallopt(mmap_max, 1 << 16)
             mallopt(mmap_threshold, largest)
             mallopt(trim_threshold, 4 * largest)
 

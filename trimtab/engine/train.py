@@ -32,6 +32,7 @@ from trimtab.parts.saving import Codec, Saver
 
 LOG = "train-log.jsonl"
 SCHEDULES = ("cosine", "linear", "constant")
+FRUGAL = 1 << 20  # bytes of a block that goes back to the system when it is freed, where memory is short
 Loss = Callable[[nn.Module, Tensor], tuple[Tensor, int]]
 """What a micro-batch, given by the places of its items, costs: the sum over its predictions, and how many they are."""
 
@@ -51,6 +52,7 @@ class Recipe:
         clip: largest norm of the whole gradient; 0: no limit.
         codec, recompute: how what autograd keeps is kept, see `trimtab.parts.saving`.
         every: steps between two checkpoints; 0: one at the end.
+        frugal: give large blocks back to the system as they are freed: least memory, and more time.
         seed: of the order of the items, and of torch's generator.
     """
 
@@ -65,6 +67,7 @@ class Recipe:
     codec: Codec = "exact"
     recompute: float = 0.22
     every: int = 0
+    frugal: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -155,7 +158,8 @@ def train(
             the disk is full.
     """
     # forward passes alone are for least memory: what is kept would lie around in pieces
-    keep_freed_memory(1 << 20 if gradient is not None and gradient.streams else None)
+    frugal = recipe.frugal or (gradient is not None and gradient.streams)
+    keep_freed_memory(FRUGAL if frugal else None)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise UserError("nothing in the model is trained; choose a method, or parameters to train")
