@@ -464,9 +464,12 @@ class _Job:
         import torch
 
         from trimtab.engine.measure import peak_bytes
+        from trimtab.engine.memory import FRUGAL, keep_freed_memory
         from trimtab.engine.train import train
 
         request = self.request
+        if request.memory is not None:
+            keep_freed_memory(FRUGAL)
         base = open_base(request.model, request.dtype, request.length)
         data = material(base, request)
         name = self._tried(base, data) if request.method == "auto" else request.method
@@ -618,8 +621,8 @@ def compared(data: Material, before: Scores, after: Scores) -> dict[str, Any]:
 def within(
     limit: int, model: nn.Module, data: Material, recipe: Recipe, trained: Sequence[nn.Parameter], state: int
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe changed so that the process stays within a limit: first by what costs time alone, then by codecs, and
-    then the same with freed memory given back at once.
+    """The recipe changed so that the process stays within a limit: first by what costs time alone, then by codecs.
+    Freed memory is given back at once, unless there is twice what is needed.
 
     One item is passed through once with each setting; what a step needs is what is held now, gradients and the
     optimiser's state, and the measured bytes of each item that is in flight.
@@ -636,14 +639,20 @@ def within(
     exact = [s for s in LADDER if s[0] == "exact"]
     tries = [(sizes[0], s) for s in exact] + [(m, exact[-1]) for m in sizes[1:]]
     tries += [(m, s) for s in LADDER if s[0] != "exact" for m in sizes[-1:]]
-    for frugal in (False, True):
+    found: tuple[Recipe, dict[str, Any]] | None = None
+    for frugal in (True, False):  # what a process keeps for itself it does not give back later
         fixed, items = _passed(model, data, trained, frugal)
-        for micro, setting in tries:
-            needs = fixed + state + micro * items[setting]
+        for micro, (codec, share) in tries:
+            needs = fixed + state + micro * items[codec, share]
+            needs += needs // 20  # for what is evaluated and written around the steps
             if needs <= limit:
                 plan = {"limit": limit, "expected": needs, "held": fixed, "state": state}
-                codec, share = setting
-                return replace(recipe, micro=micro, codec=codec, recompute=share, frugal=frugal), plan
+                found = replace(recipe, micro=micro, codec=codec, recompute=share, frugal=frugal), plan
+                break
+        if found is None or 2 * found[1]["expected"] > limit:
+            break
+    if found is not None:
+        return found
     raise BudgetError(
         f"{say_bytes(limit)} of memory were asked for, and the least that fits is "
         f"{say_bytes(fixed + state + items[LADDER[-1]])}: {say_bytes(fixed)} for the process with its weights, "
@@ -659,8 +668,8 @@ def _passed(
     import torch
 
     from trimtab.engine.measure import forget_peak, held_bytes, peak_bytes
-    from trimtab.engine.memory import give_back_freed_memory, keep_freed_memory
-    from trimtab.engine.train import FRUGAL, training_mode
+    from trimtab.engine.memory import FRUGAL, give_back_freed_memory, keep_freed_memory
+    from trimtab.engine.train import training_mode
     from trimtab.parts.saving import Saver
 
     def saver(setting: tuple[Codec, float]) -> Saver:
@@ -683,7 +692,8 @@ def _passed(
         p.grad = None
     kept = {}
     for setting in LADDER:
-        with (held := saver(setting)):
-            data.train(model, one)
-        kept[setting] = held.held + rest
+        with (passing := saver(setting)):
+            value, _ = data.train(model, one)
+        kept[setting] = passing.held + rest  # while the graph is there
+        del value
     return fixed, kept

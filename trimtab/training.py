@@ -151,6 +151,7 @@ def train(
 def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> TrainedModel:
     from trimtab.engine.freezing import Freezing
     from trimtab.engine.measure import peak_bytes
+    from trimtab.engine.memory import FRUGAL, keep_freed_memory
     from trimtab.engine.train import train as loop
     from trimtab.parts.gathering import Means
     from trimtab.parts.integer_weight import hold, release
@@ -158,6 +159,8 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     from trimtab.parts.stepping import Stepping
 
     started = time.perf_counter()
+    if request.memory is not None:
+        keep_freed_memory(FRUGAL)
     base = opened(request)
     data = material(base, request)
     rule, recipe, plan = request.part("optimizer"), request.recipe(), None

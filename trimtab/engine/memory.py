@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
+FRUGAL = 1 << 20  # bytes from which on a block goes back to the system when it is freed, where memory is short
+
 
 def keep_freed_memory(largest: int | None = None) -> None:
     """Have the C library keep what is freed: where the same sizes are asked for again and again, pages that go back to

@@ -24,7 +24,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.journal import Journal, write_atomic, writing
 from trimtab.core.method import Estimator
 from trimtab.engine.freezing import Freezing
-from trimtab.engine.memory import keep_freed_memory
+from trimtab.engine.memory import FRUGAL, keep_freed_memory
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.parts.integer_weight import Held
 from trimtab.parts.norms import rms_norm, rms_norms
@@ -32,7 +32,6 @@ from trimtab.parts.saving import Codec, Saver
 
 LOG = "train-log.jsonl"
 SCHEDULES = ("cosine", "linear", "constant")
-FRUGAL = 1 << 20  # bytes of a block that goes back to the system when it is freed, where memory is short
 Loss = Callable[[nn.Module, Tensor], tuple[Tensor, int]]
 """What a micro-batch, given by the places of its items, costs: the sum over its predictions, and how many they are."""
 
