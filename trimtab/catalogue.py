@@ -266,8 +266,8 @@ def run_claim(
     entry, claims = found(name), claim_files()
     if name not in claims:
         raise UserError(
-            f"{name} has no claim here; claims lie in the folder claims/ of a clone, for "
-            f"{', '.join(claimed()) or 'no method'}"
+            f"{name} has no claim here; claims lie in the folder claims/ of a clone, which has them for {len(claims)} "
+            "methods; `trimtab methods` says which"
         )
     module = _module(claims[name])
     claim = module.CLAIM

@@ -48,7 +48,7 @@ class Held(nn.Module):
 
     >>> layer = nn.Linear(300, 20)
     >>> held = Held(layer)
-    >>> float((held.dense() - layer.weight).abs().max()) < 0.5 / 255 * 2 * 300**-0.5 * 1.01
+    >>> float((held.dense() - layer.weight.detach()).abs().max()) < 0.5 / 255 * 2 * 300**-0.5 * 1.01
     True
     >>> held.nbytes, held.weight.shape
     (6320, torch.Size([20, 300]))
