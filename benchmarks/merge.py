@@ -22,6 +22,8 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +189,8 @@ def main() -> None:
         folder = given.folder or Path(scratch)
         folders = [folder / n for n in "abc"]
         if not all((f / "config.json").is_file() for f in folders):
-            folders = write_models(folder, SMALL if given.small else LARGE)
+            with ProcessPoolExecutor(1, get_context("spawn")) as writer:  # a child's peak counts what its parent held
+                folders = writer.submit(write_models, folder, SMALL if given.small else LARGE).result()
         size = sum(f.stat().st_size for f in folders[0].glob("*.safetensors"))
         for name in given.methods.split(","):
             row = compare(name, folder, folders, mergekit, given.rounds)
