@@ -187,3 +187,13 @@ def run(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
 def symmetric(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The tiny model at a plan that every export format can say."""
     return fitted(tiny, tmp_path_factory.mktemp("runs") / "symmetric", data=str(text), plan="gptq @ 4b/g32/sym")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSON lines of simple code to train on."""
+    text = "".join(f"def f{i}(value):\n    return value * {i} + offset\n\n\n" for i in range(150))
+    path = tmp_path_factory.mktemp("data") / "lines.jsonl"
+    parts = [text[i : i + 240] for i in range(0, len(text), 240)]
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return path

@@ -22,17 +22,6 @@ from trimtab.engine.run import PackedEmbedding, PackedLinear, decoded
 from trimtab.models.adapter import ABOUT, CONFIG, DELTA, attach, frames, merge
 from trimtab.models.source import open_source
 
-TEXT = "".join(f"def f{i}(value):\n    return value * {i} + offset\n\n\n" for i in range(150))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "lines.jsonl"
-    parts = [TEXT[i : i + 240] for i in range(0, len(TEXT), 240)]
-    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
-    return path
-
-
 Cli = Callable[..., Said]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's
 

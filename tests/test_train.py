@@ -21,15 +21,6 @@ from trimtab.training import train
 
 Cli = Callable[..., Said]
 OPTIONS: dict[str, Any] = {"steps": 6, "batch": 2, "length": 64, "rate": 1e-2}
-TEXT = "".join(f"def f{i}(value):\n    return value * {i} + offset\n\n\n" for i in range(150))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "lines.jsonl"
-    parts = [TEXT[i : i + 240] for i in range(0, len(TEXT), 240)]
-    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
-    return path
 
 
 def test_it_learns_and_its_folder_is_a_plain_one(tiny: Path, data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from trimtab.core.budget import parse_bytes, say_bytes
 from trimtab.core.errors import BudgetError, UserError
@@ -42,8 +42,25 @@ OUTPUTS = 1 << 24  # of a model that are there at once when it is measured, 64 M
 LADDER: tuple[tuple[Codec, float], ...] = (("exact", 0.22), ("exact", 1.0), ("int8", 1.0), ("int4", 1.0))
 
 
+class Asked:
+    """What every request for a training says of its data, and the recipe that it gives."""
+
+    data: str | None
+    length: int
+    pack: bool
+    skip_bad: bool
+
+    def recipe(self) -> Recipe:
+        """The training's recipe, before a memory budget changes it."""
+        from trimtab.engine.train import Recipe
+
+        return Recipe(
+            **{k: getattr(self, k) for k in ("steps", "batch", "rate", "decay", "every", "seed")}  # type: ignore[arg-type]
+        )
+
+
 @dataclass(frozen=True)
-class Request:
+class Request(Asked):
     """What is asked of an adaptation.
 
     Fields:
@@ -85,14 +102,6 @@ class Request:
         if self.memory is not None:
             parse_bytes(self.memory, "memory")
         self.recipe()
-
-    def recipe(self) -> Recipe:
-        """The training's recipe, before a memory budget changes it."""
-        from trimtab.engine.train import Recipe
-
-        return Recipe(
-            **{k: getattr(self, k) for k in ("steps", "batch", "rate", "decay", "every", "seed")}  # type: ignore[arg-type]
-        )
 
 
 @dataclass
@@ -286,20 +295,7 @@ def chosen_sites(base: Base, targets: Sequence[str], chosen: Wrapper) -> list[Si
 # ---- the data
 
 
-class DataAsked(Protocol):
-    """What is asked of the data, see `Request`."""
-
-    @property
-    def data(self) -> str | None: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def pack(self) -> bool: ...
-    @property
-    def skip_bad(self) -> bool: ...
-
-
-def material(base: Base, request: DataAsked) -> Material:
+def material(base: Base, request: Asked) -> Material:
     """The data as items to train on and items kept apart.
 
     Raises:
@@ -347,7 +343,7 @@ def _known_tokens(base: Base, tokens: Tensor) -> None:
         )
 
 
-def _labelled(base: Base, request: DataAsked) -> Material:
+def _labelled(base: Base, request: Asked) -> Material:
     from trimtab.tasks.build import task_for
     from trimtab.tasks.training import Prediction
 

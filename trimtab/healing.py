@@ -29,11 +29,10 @@ def moving_sites(model: nn.Module, contents: Contents) -> dict[str, Moving]:
 
     What is shared, as a tied head's weight, stays as it is.
     """
+    from trimtab.models.artifact import uses
     from trimtab.parts.moving import Moving, movable
 
-    counts: dict[int, int] = {}
-    for _, p in model.named_parameters(remove_duplicate=False):
-        counts[id(p)] = counts.get(id(p), 0) + 1
+    counts = uses(model)
     model.requires_grad_(False)
     found = {}
     for name, read in contents.packed.items():

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.adapting import Progress, compared, material, open_base, scored, within
+from trimtab.adapting import Asked, Progress, compared, material, open_base, scored, within
 from trimtab.core.budget import parse_bytes
 from trimtab.core.errors import UserError
 from trimtab.core.journal import commit_folder, write_atomic, writing
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trimtab.adapting import Base
-    from trimtab.engine.train import Recipe
 
 PARTS: dict[str, tuple[type[Method], str]] = {
     "optimizer": (Optimiser, "updates no parameters"),
@@ -37,7 +36,7 @@ PARTS: dict[str, tuple[type[Method], str]] = {
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Asked):
     """What is asked of a training.
 
     Fields:
@@ -98,14 +97,6 @@ class Request:
         if not isinstance(made, kind) or made.family() != "optim":
             raise UserError(f"{text} {lacks}; `trimtab methods --family optim` lists what does")
         return made
-
-    def recipe(self) -> Recipe:
-        """The training's recipe, before a memory budget changes it."""
-        from trimtab.engine.train import Recipe
-
-        return Recipe(
-            **{k: getattr(self, k) for k in ("steps", "batch", "rate", "decay", "every", "seed")}  # type: ignore[arg-type]
-        )
 
 
 @dataclass

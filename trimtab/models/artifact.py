@@ -253,15 +253,21 @@ def build(
     return model.eval()
 
 
+def uses(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter, by its identity: more than one where it is tied."""
+    counts: dict[int, int] = {}
+    for _, p in model.named_parameters(remove_duplicate=False):
+        counts[id(p)] = counts.get(id(p), 0) + 1
+    return counts
+
+
 def _stay_packed(model: nn.Module, contents: Contents, tables: bool) -> None:
     """Replace linears, and tables, whose weight is packed and not tied by modules that unpack."""
     from torch import nn
 
     from trimtab.engine.run import PackedEmbedding, PackedLinear
 
-    counts: dict[int, int] = {}
-    for _, p in model.named_parameters(remove_duplicate=False):
-        counts[id(p)] = counts.get(id(p), 0) + 1
+    counts = uses(model)
     for name, reader in contents.packed.items():
         path = name.removesuffix(".weight")
         module = model.get_submodule(path)
