@@ -24,9 +24,12 @@ from trimtab.core.errors import UserError
 from trimtab.core.level import Level
 
 if TYPE_CHECKING:
+    from random import Random
+
     from torch import Tensor, nn
 
     from trimtab.core.device import Cost, Device, Work
+    from trimtab.core.knob import Domain, Genome
     from trimtab.core.table import Row
     from trimtab.formats.cache import Stored
     from trimtab.formats.packed import Packed
@@ -336,6 +339,109 @@ class Policy(Method):
         """What to do next."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A genome that was evaluated.
+
+    Fields:
+        genome: in canonical form.
+        values: name -> number; of every objective of the search where the trial is whole.
+        effort: share of a whole evaluation that was spent, for searches that stop early; values are those reached.
+    """
+
+    genome: Genome
+    values: Mapping[str, float]
+    effort: float = 1.0
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """A search as a searcher sees it: all that was evaluated so far, in the order of the journal.
+
+    Fields:
+        domain: the knobs.
+        trials: so far.
+        objectives: names of the values that are to be small; quality comes as an error.
+        limits: name of a value -> its upper bound; what is above breaks the limit, by how much counts.
+        pending: genomes that other processes are evaluating.
+        seed: of the whole search; with the number of trials it seeds `rng`.
+    """
+
+    domain: Domain
+    trials: tuple[Trial, ...] = ()
+    objectives: tuple[str, ...] = ("error",)
+    limits: Mapping[str, float] = field(default_factory=dict)
+    pending: tuple[Genome, ...] = ()
+    seed: int = 0
+
+
+class Searcher(Method):
+    """`ask(hunt, count, *, rng, ...) -> genomes`: what to evaluate next, a pure function of all that was evaluated.
+
+    It keeps nothing between calls, so that a journal of trials is all of a search: a killed one goes on with the same
+    proposals, and processes share one by its journal. Keyword-only parameters: `rng`, a `random.Random` seeded by the
+    hunt's seed and its number of trials; `price`, a callable of genomes that gives exact or predicted costs without an
+    evaluation, {name: array `[genomes]`}; `identity`, a callable of a genome that gives a text, equal for candidates
+    that compute the same function.
+    """
+
+    verb = "ask"
+
+    @abstractmethod
+    def ask(self, hunt: Hunt, count: int, **given: Any) -> list[Genome]:
+        """At most `count` canonical genomes, none of them evaluated or pending; none where the domain is exhausted."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A step of an elastic training as its curriculum sees it.
+
+    Fields:
+        domain: the knobs.
+        step, steps: the step, from 0 on, and how many there are.
+    """
+
+    domain: Domain
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """One sub-network of a training step.
+
+    Fields:
+        genome: which.
+        teacher: None: it learns from labels alone; else the place in the step's list, before its own, of the
+            sub-network whose outputs, detached, it learns from; -1: the largest network as it was before the training.
+        weight: of its loss in the sum.
+        labels: share of the loss that comes from labels where it has a teacher.
+    """
+
+    genome: Genome
+    teacher: int | None = None
+    weight: float = 1.0
+    labels: float = 0.0
+
+
+class Elastic(Method):
+    """`offer(domain) -> {name: places}` and `teach(lesson, *, rng) -> pupils`: which choices become elastic, and which
+    sub-networks a step trains.
+
+    The engine adds the gradients of a step's sub-networks, which share the largest network's weights, and steps once.
+    """
+
+    verb = "offer"
+
+    @abstractmethod
+    def offer(self, domain: Domain) -> dict[str, tuple[int, ...]]:
+        """Places of the options of each knob that take part; a knob that is not named stays at its last option."""
+
+    @abstractmethod
+    def teach(self, lesson: Lesson, *, rng: Random) -> tuple[Pupil, ...]:
+        """The sub-networks of a step."""
+
+
 class Cacher(Method):
     """`store(keys, values) -> Stored`: what a cache keeps of a window of older tokens; sees no model and no queries.
 
@@ -352,7 +458,7 @@ class Cacher(Method):
 
 _VERBS = (
     *(Solver, Rewriter, Merger, Joiner, Allocator, Pricer, Wrapper),
-    *(Optimiser, Estimator, Objective, Policy, Cacher),
+    *(Optimiser, Estimator, Objective, Policy, Cacher, Searcher, Elastic),
 )
 VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in _VERBS}
 

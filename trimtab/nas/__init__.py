@@ -1,0 +1,1 @@
+"""Architecture search: elastic networks, and what chooses among their sub-networks."""
