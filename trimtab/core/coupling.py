@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from .trace import CASTS, Graph, Node, Ref, Value
 
+UNTAGGED = ("copy", "masked_fill", "where", "hardswish")  # pointwise, and torch does not say so
 ZERO, OPAQUE = -1, -2  # segments that belong to no weight: zero padding, and channels from elsewhere
 
 
@@ -213,7 +214,7 @@ class Coupler:
         if not any(value.active or value.parameter or value.source for value in node.inputs):
             return
         handler = getattr(self, f"_on_{node.op}", None)
-        if handler is None and (node.pointwise or node.op in ("copy", "masked_fill", "where")):
+        if handler is None and (node.pointwise or node.op in UNTAGGED):
             handler = self._pointwise
         if handler is None and node.op in CASTS:
             handler = self._same

@@ -8,7 +8,7 @@ first option, so that genomes that mean the same network are equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
@@ -18,6 +18,7 @@ from trimtab.core.errors import UserError
 
 Kind = Literal["choice", "width", "depth", "block", "level", "recipe"]
 Genome = tuple[int, ...]
+Offered = Mapping[str, Sequence[int]]  # knob -> rising places of its options
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,44 @@ class Domain:
                 raise UserError(f"{name} cannot be {option!r}; it may be {', '.join(map(str, known[name].options))}")
         return self.canonical(k.options.index(setting[k.name]) if k.name in setting else 0 for k in self.knobs)
 
-    def smallest(self) -> Genome:
-        """Every knob at its first option."""
-        return (0,) * len(self.knobs)
+    def smallest(self, offered: Offered | None = None) -> Genome:
+        """Every knob at its first option, of those offered."""
+        return self.canonical(places[0] for places in self._offered(offered))
 
-    def largest(self) -> Genome:
-        """Every knob at its last option."""
-        return self.canonical(len(knob.options) - 1 for knob in self.knobs)
+    def largest(self, offered: Offered | None = None) -> Genome:
+        """Every knob at its last option, of those offered."""
+        return self.canonical(places[-1] for places in self._offered(offered))
 
-    def random(self, rng: Random) -> Genome:
-        """A genome with every knob drawn evenly."""
-        return self.canonical(rng.randrange(len(knob.options)) for knob in self.knobs)
+    def random(self, rng: Random, offered: Offered | None = None) -> Genome:
+        """A genome with every knob drawn evenly, from the places that are offered; knobs not named stand at their last
+        place where others are.
+        """
+        return self.canonical(rng.choice(places) for places in self._offered(offered))
+
+    def _offered(self, offered: Offered | None) -> Iterator[Sequence[int]]:
+        for knob in self.knobs:
+            last = len(knob.options) - 1
+            yield range(last + 1) if offered is None else offered.get(knob.name) or (last,)
+
+    def within(self, offered: Offered) -> Domain:
+        """The domain of what is offered alone; `genome(small.setting(g))` leads back.
+
+        Knobs with one option stay, so that a setting says all of a network.
+        """
+        places = {knob.name: tuple(kept) for knob, kept in zip(self.knobs, self._offered(offered), strict=True)}
+        return Domain(
+            tuple(
+                Knob(
+                    knob.name,
+                    tuple(knob.options[p] for p in places[knob.name]),
+                    knob.kind,
+                    tuple(
+                        (n, frozenset(i for i, p in enumerate(places[n]) if p in allowed)) for n, allowed in knob.when
+                    ),
+                )
+                for knob in self.knobs
+            )
+        )
 
     def mutated(self, genome: Genome, rng: Random, rate: float) -> Genome:
         """Each knob that matters is drawn anew with probability `rate`, at least one of them."""

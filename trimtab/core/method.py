@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from trimtab.core.errors import UserError
 from trimtab.core.level import Level
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trimtab.core.device import Cost, Device, Work
-    from trimtab.core.knob import Domain, Genome
+    from trimtab.core.knob import Domain, Genome, Offered
     from trimtab.core.table import Row
     from trimtab.formats.cache import Stored
     from trimtab.formats.packed import Packed
@@ -398,10 +398,12 @@ class Lesson:
 
     Fields:
         domain: the knobs.
+        offered: places of each knob that take part, as the method offered them.
         step, steps: the step, from 0 on, and how many there are.
     """
 
     domain: Domain
+    offered: Offered
     step: int
     steps: int
 
@@ -412,21 +414,20 @@ class Pupil:
 
     Fields:
         genome: which.
-        teacher: None: it learns from labels alone; else the place in the step's list, before its own, of the
-            sub-network whose outputs, detached, it learns from; -1: the largest network as it was before the training.
-        weight: of its loss in the sum.
-        labels: share of the loss that comes from labels where it has a teacher.
+        teacher: whose outputs it learns from: None: labels alone; a number: the sub-network at that place in the step,
+            before its own, as it is now; "before": the largest network as it was when it was first asked for.
+        labels: share of the loss that comes from labels where there is a teacher.
+        weight: of its loss in the step's sum.
     """
 
     genome: Genome
-    teacher: int | None = None
-    weight: float = 1.0
+    teacher: int | Literal["before"] | None = None
     labels: float = 0.0
+    weight: float = 1.0
 
 
 class Elastic(Method):
-    """`offer(domain) -> {name: places}` and `teach(lesson, *, rng) -> pupils`: which choices become elastic, and which
-    sub-networks a step trains.
+    """`offer(domain) -> {knob: places}`: which choices of a network become elastic; `teach` says how they are trained.
 
     The engine adds the gradients of a step's sub-networks, which share the largest network's weights, and steps once.
     """
@@ -434,12 +435,16 @@ class Elastic(Method):
     verb = "offer"
 
     @abstractmethod
-    def offer(self, domain: Domain) -> dict[str, tuple[int, ...]]:
+    def offer(self, domain: Domain) -> Offered:
         """Places of the options of each knob that take part; a knob that is not named stays at its last option."""
 
     @abstractmethod
-    def teach(self, lesson: Lesson, *, rng: Random) -> tuple[Pupil, ...]:
+    def teach(self, lesson: Lesson, rng: Random) -> tuple[Pupil, ...]:
         """The sub-networks of a step."""
+
+    def sorts(self, lesson: Lesson) -> bool:
+        """Whether channels are put in the order of their importance before a step."""
+        return False
 
 
 class Cacher(Method):

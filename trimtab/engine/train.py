@@ -132,6 +132,7 @@ def train(
     folder: Path | None = None,
     *,
     gradient: Estimator | None = None,
+    backward: Callable[[Tensor, int], tuple[float, int]] | None = None,
     freezing: Freezing | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
@@ -147,6 +148,8 @@ def train(
             proportion to what each had at first.
         folder: of the journal, the log and the checkpoints; None: none are written.
         gradient: where a step's gradient comes from; None: backward of the whole batch's loss.
+        backward: called with the places of a step's items and the step, in place of all of this; leaves the gradients
+            of a sum behind, and returns the sum and of how many predictions it is.
         freezing: what is frozen at a step; None: nothing.
         resume: go on with the run in `folder`.
         identity: what the run is of, and what must be the same for it to go on.
@@ -181,7 +184,10 @@ def train(
                 freezing.turn(step)
             places = order(items, recipe.batch, step, recipe.seed)
             found: Iterable[tuple[str, Tensor]] = ()
-            if gradient is None:
+            if backward is not None:
+                total, count = backward(places, step)
+                mean, norm = total / count, _scaled(named.values(), count, recipe.clip)
+            elif gradient is None:
                 total, count = _gradients(model, loss, places, recipe.micro or recipe.batch, saver, done)
                 mean, norm = total / count, _scaled(named.values(), count, recipe.clip)
             else:

@@ -1,0 +1,359 @@
+"""What every network of a domain costs, exactly and at once: from a few of its networks to tables that add up.
+
+A network's forward is followed once, without arithmetic, operation by operation, and each operation is laid to the
+module that it runs in. What a module costs hangs on few choices; these are found by turning one choice at a time, and
+its cost is tabled over them. A genome then costs the sum of some table entries, so that a search prices a million of
+them in seconds. Random networks are followed to see that the sums are right; where they are not, each is followed.
+
+Seconds are those of each distinct operation, measured here once, and of a few whole networks, which set what a call
+costs beside its work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trimtab.core.errors import UserError
+from trimtab.core.knob import Domain, Genome
+from trimtab.kernels.profile import threads_set, timed
+
+if TYPE_CHECKING:
+    from trimtab.engine.elastic import Maker
+
+Progress = Callable[[str, int, int], None]
+COSTS = ("parameters", "bytes", "flops", "seconds")
+LARGEST_TABLE = 20_000  # entries of one module's table
+CHECKED = 12  # random networks that the sums are compared with
+CALIBRATED = 6  # whole networks that are measured
+SECONDS = 0.02  # for which an operation is measured
+FREE = (
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "alias",
+    "transpose",
+    "permute",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "t",
+    "slice",
+    "select",
+    "split",
+    "as_strided",
+    "_reshape_alias",
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of torch: its name, and its arguments as text, tensors by type and shape."""
+
+    name: str
+    arguments: str
+    flops: int
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every operation with the module that it ran in, and how to run it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = ""
+        self.found: list[tuple[str, Operation]] = []
+        self.again: dict[Operation, tuple[Any, Any, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name in FREE or func.namespace != "aten":
+            return out
+        plain = torch.utils._pytree.tree_map(_shape_of, (args, kwargs))
+        operation = Operation(name, repr(plain), _flops(func, args, kwargs, out))
+        self.found.append((self.path, operation))
+        self.again.setdefault(operation, (func, *plain))
+        return out
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A tensor's type, shape and strides."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def make(self) -> Tensor:
+        """A tensor of this kind: small numbers, zeros where they are whole."""
+        dtype = getattr(torch, self.dtype)
+        size = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) if 0 not in self.shape else 1
+        flat = torch.randn(size).to(dtype) if dtype.is_floating_point else torch.zeros(size, dtype=dtype)
+        return flat.as_strided(self.shape, self.strides)
+
+
+def _shape_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Like(str(value.dtype).removeprefix("torch."), tuple(value.shape), tuple(value.stride()))
+    return value
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Multiply-adds, each counted as two; torch's own counter leaves out attention on processors."""
+    from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+    packet = func.overloadpacket
+    if packet.__name__ == "_scaled_dot_product_flash_attention_for_cpu":
+        return int(sdpa_flop_count(*(tuple(a.shape) for a in args[:3])))
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    return 0
+
+
+class Costs:
+    """What the networks of a domain cost on inputs of given shapes.
+
+    Args:
+        maker: makes the networks.
+        inputs: of a forward, by name for a network of transformers, else in order; only shapes count.
+        options: of a forward.
+        seconds: also measure time here.
+        threads: that time is measured with.
+        progress: told what is going on.
+
+    Raises:
+        UserError: a network's forward cannot be followed without values.
+    """
+
+    def __init__(
+        self,
+        maker: Maker,
+        inputs: Mapping[str, Tensor],
+        options: Mapping[str, Any] | None = None,
+        seconds: bool = False,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.maker, self.inputs, self.options = maker, dict(inputs), dict(options or {})
+        self.domain: Domain = maker.domain
+        self.timed, self.threads = seconds, threads or torch.get_num_threads()
+        self.progress = progress or (lambda what, done, total: None)
+        self.measured: dict[Operation, float] = {}
+        self.overhead = (1.0, 0.0)
+        self._again: dict[Operation, Any] = {}
+        self._followed: dict[Genome, dict[str, np.ndarray]] = {}
+        self.exact = True
+        self._tabled()
+        if seconds:
+            self._calibrated()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the costs."""
+        return COSTS if self.timed else COSTS[:3]
+
+    # ---- one network
+
+    def _follow(self, places: Genome) -> dict[str, np.ndarray]:
+        """Costs of a network by module: parameters, bytes, flops, operations' seconds, operations."""
+        found = self._followed.get(places)
+        if found is None:
+            found = self._followed[places] = self._read(*self._operations(places))
+        return found
+
+    def _operations(self, places: Genome) -> tuple[nn.Module, list[tuple[str, Operation]]]:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        module = self.maker.build(places)[0].eval()
+        recorder = _Recorder()
+        handles = []
+        for path, child in module.named_modules():
+            handles += [
+                child.register_forward_pre_hook(lambda *_, p=path: setattr(recorder, "path", p)),
+                child.register_forward_hook(lambda *_, p=path.rpartition(".")[0]: setattr(recorder, "path", p)),
+            ]
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+                made: dict[int, Any] = {}
+                for holder in module.modules():
+                    for table in (holder._parameters, holder._buffers):
+                        for name, tensor in table.items():
+                            if tensor is not None:
+                                if id(tensor) not in made:
+                                    made[id(tensor)] = torch.empty_strided(
+                                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                                    )
+                                table[name] = made[id(tensor)]
+                inputs = {k: mode.from_tensor(v) for k, v in self.inputs.items()}
+                with recorder:
+                    if hasattr(module, "config"):
+                        module(**inputs, **self.options)
+                    else:
+                        module(*inputs.values())
+        except UserError:
+            raise
+        except Exception as error:  # the network is the user's own
+            said = ", ".join(f"{k}={v}" for k, v in self.domain.setting(self.domain.canonical(places)).items())
+            raise UserError(
+                f"a network of {self.maker.name} ({said}) cannot be followed in {recorder.path or 'its forward'}: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        self._again.update({k: v for k, v in recorder.again.items() if k not in self._again})
+        return module, recorder.found
+
+    def _read(self, module: nn.Module, operations: Iterable[tuple[str, Operation]]) -> dict[str, np.ndarray]:
+        costs: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(5))
+        seen: set[int] = set()
+        for path, holder in module.named_modules():
+            lasting = {k: v for k, v in holder._buffers.items() if k not in holder._non_persistent_buffers_set}
+            for tensor in (*holder._parameters.values(), *lasting.values()):
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    own = any(tensor is p for p in holder._parameters.values())
+                    costs[path] += (tensor.numel() if own else 0, tensor.numel() * tensor.element_size(), 0, 0, 0)
+        for path, operation in operations:
+            seconds = self._seconds(operation) if self.timed else 0.0
+            costs[path] += (0, 0, operation.flops, seconds, 1)
+        return dict(costs)
+
+    def _seconds(self, operation: Operation) -> float:
+        """Seconds of an operation, measured once."""
+        if operation not in self.measured:
+            func, args, kwargs = self._again[operation]
+            args, kwargs = torch.utils._pytree.tree_map(
+                lambda v: v.make() if isinstance(v, _Like) else v, (args, kwargs)
+            )
+            with threads_set(self.threads), torch.no_grad():
+                self.measured[operation] = timed(lambda: func(*args, **kwargs), SECONDS, self.threads)[0]
+            self.progress("measure operations", len(self.measured), len(self._again))
+        return self.measured[operation]
+
+    # ---- tables
+
+    def _tabled(self) -> None:
+        """Find what each module's cost hangs on, and table it."""
+        rng, knobs = Random(0), self.domain.knobs
+        bases = [self._largest(), self.domain.smallest(), *(self._any(rng) for _ in range(2))]
+        hangs: dict[str, set[int]] = defaultdict(set)
+        total = sum(len(k.options) for k in knobs) * len(bases)
+        done = 0
+        for base in bases:
+            before = self._follow(base)
+            for i, knob in enumerate(knobs):
+                for place in range(len(knob.options)):
+                    after = self._follow((*base[:i], place, *base[i + 1 :]))
+                    done += 1
+                    self.progress("follow networks", done, total)
+                    for path in before.keys() | after.keys():
+                        if not np.array_equal(before.get(path, 0), after.get(path, 0)):
+                            hangs[path].add(i)
+        paths = {path for costs in self._followed.values() for path in costs}
+        groups: dict[tuple[int, ...], set[str]] = defaultdict(set)
+        for path in paths:
+            groups[tuple(sorted(hangs[path]))].add(path)
+        sizes = {on: tuple(len(knobs[i].options) for i in on) for on in groups}
+        if any(math.prod(size) > LARGEST_TABLE for size in sizes.values()):
+            self.exact = False
+            return
+        tables = {on: np.full((*size, 5), np.nan) for on, size in sizes.items()}
+
+        def enter(genome: Genome, costs: Mapping[str, np.ndarray]) -> None:
+            for on, table in tables.items():
+                key = tuple(genome[i] for i in on)
+                if np.isnan(table[key][0]):
+                    table[key] = sum((costs[p] for p in groups[on] if p in costs), np.zeros(5))
+
+        for genome, costs in self._followed.items():
+            enter(genome, costs)
+        missing = {
+            on: [key for key in itertools.product(*map(range, size)) if np.isnan(tables[on][key][0])]
+            for on, size in sizes.items()
+        }
+        while any(missing.values()):
+            chosen: dict[int, int] = {}
+            for on in sorted(missing, key=lambda on: -len(missing[on])):
+                fits = (k for k in missing[on] if all(chosen.get(i, p) == p for i, p in zip(on, k, strict=True)))
+                key = next(fits, None)
+                if key is not None:
+                    chosen.update(zip(on, key, strict=True))
+            genome = tuple(chosen.get(i, p) for i, p in enumerate(self._any(rng)))
+            enter(genome, self._follow(genome))
+            missing = {on: [k for k in keys if np.isnan(tables[on][k][0])] for on, keys in missing.items()}
+            self.progress("follow networks", total, total + sum(map(len, missing.values())))
+        self._tables = tables
+        for _ in range(CHECKED):
+            genome = self.domain.random(rng)
+            exact = sum(self._follow(genome).values())
+            if not np.allclose(self._sums(np.array([genome]))[0], exact, rtol=1e-6):
+                self.exact = False
+
+    def _largest(self) -> Genome:
+        return tuple(len(k.options) - 1 for k in self.domain.knobs)
+
+    def _any(self, rng: Random) -> Genome:
+        return tuple(rng.randrange(len(k.options)) for k in self.domain.knobs)
+
+    def _sums(self, genomes: np.ndarray) -> np.ndarray:
+        """Costs `[genomes, 5]`."""
+        total = np.zeros((len(genomes), 5))
+        if self.exact:
+            for on, table in self._tables.items():
+                total += table[tuple(genomes[:, i] for i in on)] if on else table
+        else:
+            for row, genome in enumerate(genomes.tolist()):
+                total[row] = sum(self._follow(tuple(genome)).values())
+        return total
+
+    def _calibrated(self) -> None:
+        """Fit what a call costs beside its work to a few whole networks."""
+        rng = Random(1)
+        genomes = [self.domain.largest(), self.domain.smallest()]
+        genomes += [self.domain.random(rng) for _ in range(CALIBRATED - 2)]
+        sums, real = self._sums(np.array(genomes)), []
+        for i, genome in enumerate(genomes):
+            real.append(self.measure(genome))
+            self.progress("measure networks", i + 1, len(genomes))
+        work, calls = sums[:, 3], sums[:, 4]
+        from scipy.optimize import nnls
+
+        rows = np.stack([work, calls], 1) / np.array(real)[:, None]
+        scale = rows.max(0)
+        factor, call = nnls(rows / scale, np.ones(len(real)))[0] / scale
+        self.overhead = float(factor), float(call)
+
+    def measure(self, genome: Genome, seconds: float = 0.3) -> float:
+        """Seconds of a forward of a network with weights drawn anew, measured here."""
+        module = self.maker.build(genome, meta=False)[0].eval()
+        named = hasattr(module, "config")
+        with threads_set(self.threads), torch.no_grad():
+            run = (lambda: module(**self.inputs, **self.options)) if named else (lambda: module(*self.inputs.values()))
+            return timed(run, seconds, self.threads)[0]
+
+    def price(self, genomes: Sequence[Genome] | np.ndarray) -> dict[str, np.ndarray]:
+        """Costs of canonical genomes: name -> array; seconds where they are measured."""
+        sums = self._sums(np.asarray(genomes, dtype=np.int64).reshape(len(genomes), len(self.domain.knobs)))
+        found = dict(zip(COSTS[:3], sums.T[:3], strict=True))
+        if self.timed:
+            found["seconds"] = self.overhead[0] * sums[:, 3] + self.overhead[1] * sums[:, 4]
+        return found
+
+    @cached_property
+    def ranges(self) -> dict[str, tuple[float, float, float]]:
+        """Smallest, median and largest of each cost: of the smallest and largest network, and of random ones."""
+        rng = Random(2)
+        drawn = [self.domain.random(rng) for _ in range(500 if self.exact else 20)]
+        found = self.price([self.domain.smallest(), self.domain.largest(), *drawn])
+        return {name: (float(v.min()), float(np.median(v[2:])), float(v.max())) for name, v in found.items()}

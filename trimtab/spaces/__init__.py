@@ -1,0 +1,1 @@
+"""Named spaces: networks whose choices read as the networks do."""
