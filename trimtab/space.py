@@ -337,8 +337,14 @@ def _said(knobs: Mapping[str, Knob], places: Mapping[str, int]) -> str:
 
 
 def open_space(name: str, **arguments: Any) -> Space:
-    """A space by name: one that comes with Trimtab (`mobile-cnn`), `file.py`, `file.py:function` or `module:function`;
-    the function is `network` unless named.
+    """A space by name, see `open_function`."""
+    function, said = open_function(name)
+    return Space(function, said, **arguments)
+
+
+def open_function(name: str) -> tuple[Callable[..., nn.Module], str]:
+    """A space's function by name, and what to call it: one that comes with Trimtab (`mobile-cnn`), `file.py`,
+    `file.py:function` or `module:function`; the function is `network` unless named.
 
     Raises:
         UserError: there is no such space.
@@ -367,4 +373,4 @@ def open_space(name: str, **arguments: Any) -> Space:
         raise
     except Exception as error:  # the code is the user's own
         raise UserError(f"the space {name} cannot be opened: {type(error).__name__}: {error}") from error
-    return Space(made, name, **arguments)
+    return made, name

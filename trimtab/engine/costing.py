@@ -179,12 +179,10 @@ class Costs:
 
         module = self.maker.build(places)[0].eval()
         recorder = _Recorder()
-        handles = []
         for path, child in module.named_modules():
-            handles += [
-                child.register_forward_pre_hook(lambda *_, p=path: setattr(recorder, "path", p)),
-                child.register_forward_hook(lambda *_, p=path.rpartition(".")[0]: setattr(recorder, "path", p)),
-            ]
+            parent = path.rpartition(".")[0]
+            child.register_forward_pre_hook(lambda *_, p=path: setattr(recorder, "path", p))
+            child.register_forward_hook(lambda *_, p=parent: setattr(recorder, "path", p))
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
                 made: dict[int, Any] = {}

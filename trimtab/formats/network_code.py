@@ -65,7 +65,8 @@ def write_network(module: nn.Module, folder: Path, title: str) -> int:
             f"the network's forward cannot be written as source, since it hangs on values "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); let its Python depend on choices alone"
         ) from error
-    layers, tensors = [], {}
+    layers: list[str] = []
+    tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     for node in traced.graph.nodes:
         if node.op not in ("call_module", "get_attr") or node.target in names:

@@ -1,0 +1,581 @@
+"""Search an architecture: one elastic network, trained once, and the best of its sub-networks for a budget.
+
+    space, data -> elastic network -> train -> price and score sub-networks -> the one that fits -> plain torch
+
+Scores during the search are those of the search items; the chosen network, the largest and the best uniform one are
+measured on items that neither the training nor the search saw. What is handed over is written as a plain network, loaded
+again in a process without Trimtab, and compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from trimtab.core.budget import Budget, say_bytes
+from trimtab.core.errors import BudgetError, UserError
+from trimtab.core.journal import Journal, commit_folder, write_atomic, writing
+from trimtab.core.knob import Domain, Genome
+from trimtab.core.method import Elastic, Searcher, Trial
+from trimtab.core.plan import parse_method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trimtab.engine.costing import Costs
+    from trimtab.engine.elastic import Maker, Supernet
+    from trimtab.engine.jury import Jury
+    from trimtab.tasks.base import Task
+
+Progress = Callable[[str, int, int], None]
+COSTS = {"size": "bytes", "latency": "seconds", "flops": "flops", "parameters": "parameters"}
+DRAWS = 200_000  # random networks that are priced to see what a budget leaves
+RANDOM = 8  # networks of the same budget that the result is held against
+GATHERED, SEARCHED = 1024, 4096  # items that statistics are gathered on, and that networks are scored on
+TOLERANCE = 1e-5
+
+LOADS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from safetensors.torch import load_file
+given = load_file(sys.argv[2])
+expected = given.pop("output")
+if (sys.argv[3]) == "transformers":
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+    import transformers
+    config = AutoConfig.from_pretrained(sys.argv[1])
+    model = getattr(transformers, config.architectures[0]).from_pretrained(sys.argv[1]).eval()
+    run = lambda: model(**given).logits
+else:
+    from network import network
+    model = network()
+    run = lambda: model(*given.values())
+with torch.no_grad():
+    found = run()
+print(float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)), "trimtab" in sys.modules)
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a search.
+
+    Fields:
+        space: a named space, `file.py`, `file.py:function` or `module:function`, see `trimtab.space`.
+        data: labelled images or text, see `tasks.build`; None: what Trimtab or Python brings along.
+        budget: limits on `size` (bytes of weights) and `latency` (seconds of a forward of `batch_latency` items here);
+            with `quality`, a share of the largest network's, the cheapest network that keeps it.
+        flops, parameters: further limits; None: none.
+        method: how the elastic network is trained, see `trimtab methods --family nas`.
+        searcher: what proposes sub-networks.
+        evaluations: how many sub-networks are scored.
+        steps, batch, rate, decay: of the training, see `engine.train.Recipe`.
+        length: tokens of a window of text.
+        size: height and width that images of a folder are resized to.
+        items: of the forward that costs are for.
+        threads: that time is measured with; 0: as torch has them.
+        seed: of everything random.
+    """
+
+    space: str
+    data: str | None = None
+    budget: Budget = Budget()
+    flops: float | None = None
+    parameters: float | None = None
+    method: str = "sandwich"
+    searcher: str = "evolution"
+    evaluations: int = 100
+    steps: int = 1000
+    batch: int = 64
+    rate: float = 3e-3
+    decay: float = 0.01
+    length: int = 128
+    size: int = 32
+    items: int = 1
+    threads: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind, lacks in (
+            ("method", Elastic, "trains no elastic network"),
+            ("searcher", Searcher, "proposes no networks"),
+        ):
+            if not isinstance(parse_method(getattr(self, name)), kind):
+                raise UserError(f"{getattr(self, name)} {lacks}; `trimtab methods --family nas` lists what does")
+        if self.evaluations < 1:
+            raise UserError(f"{self.evaluations} evaluations were asked for; at least 1 is needed")
+        if self.budget.memory is not None:
+            raise UserError(
+                "a search knows the limits size, latency, flops, parameters and quality; leave --memory out"
+            )
+        self.recipe()
+
+    def recipe(self) -> Any:
+        """How the elastic network is trained."""
+        from trimtab.engine.train import Recipe
+
+        every = max(50, self.steps // 10)
+        return Recipe(steps=self.steps, batch=self.batch, rate=self.rate, decay=self.decay, every=every, seed=self.seed)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Name of a cost -> its upper bound."""
+        asked = {**self.budget.limits(), "flops": self.flops, "parameters": self.parameters}
+        return {cost: float(asked[name]) for name, cost in COSTS.items() if asked.get(name) is not None}
+
+
+@dataclass
+class Found:
+    """What a search gives: the evidence, the plain network, and its folder."""
+
+    report: dict[str, Any]
+    model: nn.Module
+    folder: Path
+
+
+def search(
+    space: str,
+    data: str | None = None,
+    *,
+    budget: Budget | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Found:
+    """Train an elastic network, and find the best of its sub-networks for a budget.
+
+    Args:
+        space, data, budget: see `Request`.
+        out: folder of the run: journals, checkpoints, the network, the report.
+        resume: go on with the run in `out`.
+        options: further fields of `Request`.
+
+    Returns:
+        The evidence, the plain network, and its folder.
+
+    Raises:
+        UserError: bad input, or a loss that is no number. BudgetError: no sub-network meets the budget.
+    """
+    from trimtab.fitting import default_folder
+
+    request = Request(space, data, budget or Budget(), **options)
+    folder = Path(out) if out is not None else default_folder(f"{Path(space.split(':')[0]).stem}-search")
+    return Search(request, folder, resume, progress or (lambda what, done, total: None)).go()
+
+
+class Search:
+    """One run of a search: a folder with journals, and what is worked out in it."""
+
+    def __init__(self, request: Request, out: Path, resume: bool, progress: Progress) -> None:
+        self.request, self.out, self.resume, self.progress = request, out, resume, progress
+        self.started = time.perf_counter()
+        self.timings: dict[str, float] = {}
+
+    # ---- what everything is worked out from
+
+    @cached_property
+    def ground(self) -> tuple[Maker, Task]:
+        """What makes networks, and what they are for."""
+        from trimtab.space import open_function, Space
+        from trimtab.tasks.fresh import image_task, text_task
+
+        function, name = open_function(self.request.space)
+        wanted = inspect.signature(function).parameters
+        made = text_task if "vocabulary" in wanted else image_task
+        task, known = made(self.request.data, self.request.length if made is text_task else self.request.size)
+        return Space(function, name, **{k: v for k, v in known.items() if k in wanted}), task
+
+    @property
+    def maker(self) -> Maker:
+        """What makes networks."""
+        return self.ground[0]
+
+    @property
+    def task(self) -> Task:
+        """What they are for."""
+        return self.ground[1]
+
+    @property
+    def domain(self) -> Domain:
+        """All knobs."""
+        return self.maker.domain
+
+    @cached_property
+    def offered(self) -> Domain:
+        """What the method makes elastic."""
+        return self.domain.within(parse_method(self.request.method).offer(self.domain))  # type: ignore[attr-defined]
+
+    def whole(self, genome: Genome) -> Genome:
+        """The genome in all knobs of one in what is offered."""
+        return self.domain.genome(self.offered.setting(genome))
+
+    def batch(self, split: str, items: int) -> Any:
+        """Items of a split."""
+        return self.task.batch(split, items, self.request.seed)
+
+    @cached_property
+    def supernet(self) -> Supernet:
+        """The elastic network, trained."""
+        from trimtab.engine.elastic import Supernet
+
+        return Supernet(self.maker, self.request.seed)
+
+    @cached_property
+    def jury(self) -> Jury:
+        """Scores networks on the search items."""
+        from trimtab.engine.jury import Jury
+
+        return Jury(self.task, self.batch("calibration", GATHERED), self.batch("search", SEARCHED))
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What every network costs."""
+        from trimtab.engine.costing import Costs
+
+        inputs = {k: v[: self.request.items] for k, v in self.batch("search", self.request.items).inputs.items()}
+        limits = self.request.limits
+        timed = "seconds" in limits or not limits
+        threads = self.request.threads or None
+        return Costs(self.maker, inputs, self.task.options, timed, threads, self.progress)
+
+    def price(self, genomes: Any) -> dict[str, Any]:
+        """Costs of genomes in what is offered."""
+        return self.costs.price([self.whole(g) for g in genomes] if self.offered != self.domain else genomes)
+
+    @property
+    def main(self) -> str:
+        """The cost that the front is drawn over."""
+        limits = self.request.limits
+        return next(iter(limits), "seconds" if self.costs.timed else "flops")
+
+    # ---- the steps
+
+    def go(self) -> Found:
+        """Do what is left of the run."""
+        request = self.request
+        asked = {k: v for k, v in asdict(request).items() if k != "budget"} | {"budget": request.budget.limits()}
+        space = {k.name: [str(o) for o in k.options] for k in self.domain.knobs}
+        header = {**asked, "knobs": space, "data_hash": self.task.data_hash()}
+        journal = Journal(self.out, self.resume, header)
+        self.check_feasible()
+        journal.begin()
+        self._timed("train", self._train)
+        trials = self._timed("search", self._hunt)
+        chosen, verdicts = self._chosen(trials)
+        return self._timed("judge", lambda: self._judged(trials, chosen, verdicts))
+
+    def _timed(self, what: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.timings[what] = time.perf_counter() - start
+
+    def check_feasible(self) -> None:
+        """Raise where no sub-network is within the limits.
+
+        Raises:
+            BudgetError: the message names the limit and the nearest sub-network.
+        """
+        limits = self.request.limits
+        if not limits:
+            return
+        rng = Random(self.request.seed)
+        count = DRAWS if self.costs.exact else 200
+        genomes = [self.offered.smallest(), *(self.offered.random(rng) for _ in range(min(count, 20_000)))]
+        prices = self.price(genomes)
+        excess = sum((prices[name] / limit - 1).clip(0) for name, limit in limits.items())
+        nearest = int(excess.argmin())
+        if excess[nearest] > 0:
+            said = ", ".join(f"{say_cost(name, prices[name][nearest])} of {name}" for name in limits)
+            asked = ", ".join(f"{say_cost(name, limit)} of {name}" for name, limit in limits.items())
+            raise BudgetError(
+                f"{asked} were asked for, and no sub-network of {self.maker.name} is within; the nearest takes {said}: "
+                f"{self._said(self.whole(genomes[nearest]))}"
+            )
+
+    def _train(self) -> None:
+        import torch
+
+        from trimtab.engine.teaching import Teaching
+        from trimtab.engine.train import train
+
+        request, items = self.request, self.batch("calibration", sys.maxsize >> 1)
+        recipe, folder = request.recipe(), self.out / "training"
+        method = parse_method(request.method)
+        teaching = Teaching(
+            self.supernet, method, items.inputs, items.labels, recipe.steps, request.seed, self.task.options, folder
+        )
+        optimiser = torch.optim.AdamW(self.supernet.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
+        resume = self.resume and (folder / "journal.jsonl").is_file()
+        identity = {"method": request.method, "space": self.maker.name}
+        train(
+            *(self.supernet, None, len(items), recipe, optimiser, folder),  # type: ignore[arg-type]
+            backward=teaching,
+            resume=resume,
+            identity=identity,
+            progress=self.progress,
+        )
+
+    def _hunt(self) -> tuple[Trial, ...]:
+        from trimtab.engine.hunting import Chase, hunt
+
+        self.supernet.requires_grad_(False)
+        request = self.request
+
+        def evaluate(genome: Genome) -> dict[str, float]:
+            costs = {name: float(v[0]) for name, v in self.price([genome]).items()}
+            return {"error": self.jury.of(self.supernet, self.whole(genome)), **costs}
+
+        chase = Chase(
+            self.offered,
+            parse_method(request.searcher),  # type: ignore[arg-type]
+            ("error", self.main),
+            request.limits,
+            request.evaluations,
+            seed=request.seed,
+            price=self.price,
+        )
+        done = 0
+
+        def watch(trial: Trial) -> None:
+            nonlocal done
+            done += 1
+            self.progress("score sub-networks", done, request.evaluations)
+
+        return tuple(hunt(chase, evaluate, self.out / "trials", watch))
+
+    # ---- the verdict
+
+    def _chosen(self, trials: tuple[Trial, ...]) -> tuple[Genome, dict[str, Genome]]:
+        """The chosen genome, and those that it is held against: the largest and the best uniform one."""
+        request, limits = self.request, self.request.limits
+        largest = self.offered.largest()
+        fits = [t for t in trials if all(t.values[name] <= limit for name, limit in limits.items())]
+        if not fits:
+            raise BudgetError(
+                f"none of the {len(trials)} sub-networks that were scored is within the limits; raise --evaluations"
+            )
+        if request.budget.quality is not None:
+            whole = self.jury.of(self.supernet, self.whole(largest))
+            keeps = [t for t in fits if self._kept(t.values["error"], whole) >= request.budget.quality]
+            if not keeps:
+                best = min(fits, key=lambda t: t.values["error"])
+                raise BudgetError(
+                    f"{request.budget.quality:.4g} of the largest network's quality was asked for; of {len(fits)} "
+                    f"sub-networks within the limits the best keeps {self._kept(best.values['error'], whole):.4g}"
+                )
+            best = min(keeps, key=lambda t: t.values[self.main])
+        else:
+            best = min(fits, key=lambda t: (t.values["error"], t.values[self.main]))
+        limit = {self.main: best.values[self.main]} if request.budget.quality is not None or not limits else limits
+        uniform = self._uniform(limit)
+        return best.genome, {"largest": largest} | ({"uniform": uniform} if uniform is not None else {})
+
+    def _kept(self, error: float, whole: float) -> float:
+        if self.task.higher:
+            return self.task.retained(1 - error, 1 - whole)
+        return self.task.retained(error, whole)
+
+    def _uniform(self, limits: Mapping[str, float]) -> Genome | None:
+        """The best, on the search items, of the networks within limits whose knobs of a kind all stand alike."""
+        domain = self.offered
+        kinds = sorted({k.kind for k in domain.knobs})
+        shares = [
+            sorted(
+                {p / max(1, len(k.options) - 1) for k in domain.knobs if k.kind == kind for p in range(len(k.options))}
+            )
+            for kind in kinds
+        ]
+        genomes = set()
+        for drawn in product(*shares):
+            at = dict(zip(kinds, drawn, strict=True))
+            genomes.add(domain.canonical(round(at[k.kind] * (len(k.options) - 1)) for k in domain.knobs))
+        listed = sorted(genomes)
+        prices = self.price(listed)
+        fits = [i for i in range(len(listed)) if all(prices[n][i] <= limit for n, limit in limits.items())]
+        fits = sorted(fits, key=lambda i: -prices[self.main][i])[:12]
+        return min((listed[i] for i in fits), key=lambda g: self.jury.of(self.supernet, self.whole(g)), default=None)
+
+    def _judged(self, trials: tuple[Trial, ...], chosen: Genome, others: Mapping[str, Genome]) -> Found:
+        from trimtab.engine.measure import peak_bytes
+        from trimtab.evidence import machine, versions
+        from trimtab.tasks.base import bootstrap
+
+        test = self.batch("test", sys.maxsize >> 1)
+        scores, points = {}, {}
+        models = {}
+        for name, genome in {"best": chosen, **others}.items():
+            models[name] = self.supernet.extract(self.whole(genome))
+            self.jury.gather(models[name])
+            scores[name] = self.jury.scores(models[name], test)
+        whole = self.task.overall(scores["largest"], test.amounts)
+        for name, genome in {"best": chosen, **others}.items():
+            span, _, difference = bootstrap(self.task, scores[name], scores["largest"], test.amounts)
+            value = self.task.overall(scores[name], test.amounts)
+            points[name] = {
+                **{"name": name, "plan": self._said(self.whole(genome)), "metric": self.task.metric, "value": value},
+                **{"low": span[0], "high": span[1], "difference": list(difference), "split": "test"},
+                **{"retained": self.task.retained(value, whole), **self._costs_of(genome)},
+            }
+        verdict = self._verdict(scores, points, test)
+        rng = Random(self.request.seed + 1)
+        folder, gate = self._written(models["best"], points["best"])
+        model = models["best"]
+        priced = points["best"].get("seconds")
+        measured = self.costs.measure(self.whole(chosen)) if priced is not None else None
+        report = {
+            **{
+                "space": self.maker.name,
+                "model": self.maker.name,
+                "task": self.task.name,
+                "networks": self.domain.count(),
+            },
+            **{
+                "budget": self.request.budget.limits()
+                | {k: v for k, v in self.request.limits.items() if k in ("flops", "parameters")}
+            },
+            **{"method": self.request.method, "searcher": self.request.searcher, "steps": self.request.steps},
+            **{"original": points["largest"], "best": points["best"], "uniform": points.get("uniform")},
+            **{"setting": self.domain.setting(self.whole(chosen)), "random": self._random(rng, points["best"], test)},
+            **{"front": self._front(trials), "cost": self.main, "trials": len(trials), "verdict": verdict},
+            **{"latency": {"priced": priced, "measured": measured}, "ranges": self.costs.ranges},
+            **{"met": True, "artifact": str(folder), "gate": gate, "plan": points["best"]["plan"]},
+            **{"machine": machine(), "versions": versions(), "data": {"hash": self.task.data_hash()}},
+            **{"timings": self.timings, "seconds": time.perf_counter() - self.started, "peak_bytes": peak_bytes()},
+        }
+        write_atomic(
+            self.out / "report.json", lambda p: p.write_text(json.dumps(report, indent=1, default=str), "utf-8")
+        )
+        return Found(report, model, folder)
+
+    def _costs_of(self, genome: Genome) -> dict[str, float]:
+        return {name: float(v[0]) for name, v in self.price([genome]).items()}
+
+    def _said(self, genome: Genome) -> str:
+        return ", ".join(f"{name}={option}" for name, option in self.domain.setting(genome).items())
+
+    def _verdict(self, scores: Mapping[str, Any], points: Mapping[str, Any], test: Any) -> str:
+        """The outcome in words, from paired intervals."""
+        from trimtab.tasks.base import bootstrap
+
+        best, cost = points["best"], self.main
+        said = f"keeps {best['retained']:.1%} of the largest network's {self.task.metric} at {best[cost] / points['largest'][cost]:.0%} of its {cost}"
+        if "uniform" not in scores:
+            return f"{said}; no uniform network is within the limits"
+        low, high = bootstrap(self.task, scores["best"], scores["uniform"], test.amounts)[2]
+        better = low > 0 if self.task.higher else high < 0
+        worse = high < 0 if self.task.higher else low > 0
+        outcome = "better than" if better else "worse than" if worse else "not told apart from"
+        return f"{said}; {outcome} the best uniform network within the limits ({low:+.4g} to {high:+.4g} {self.task.metric})"
+
+    def _front(self, trials: tuple[Trial, ...]) -> list[dict[str, Any]]:
+        """The scored sub-networks that no other beats in both error and cost, on the search items, cheapest first."""
+        kept: list[Trial] = []
+        for trial in sorted(trials, key=lambda t: (t.values[self.main], t.values["error"])):
+            if not kept or trial.values["error"] < kept[-1].values["error"]:
+                kept.append(trial)
+        return [
+            {
+                **{"name": f"network {i + 1}", "plan": self._said(self.whole(t.genome)), "split": "search"},
+                **{
+                    "metric": self.task.metric,
+                    "value": 1 - t.values["error"] if self.task.higher else t.values["error"],
+                },
+                **{k: v for k, v in t.values.items() if k != "error"},
+            }
+            for i, t in enumerate(kept)
+        ]
+
+    def _random(self, rng: Random, best: Mapping[str, Any], test: Any) -> dict[str, Any]:
+        """The mean of random networks of about the result's cost, over the same weights and items, and by how much of
+        it the result is better (Yang et al. 2020, arXiv:1912.12522, section 3.1).
+        """
+        genomes = sorted({self.offered.random(rng) for _ in range(2000 if self.costs.exact else 100)})
+        costs = self.price(genomes)[self.main]
+        near = [g for g, c in zip(genomes, costs, strict=True) if 0.85 * best[self.main] <= c <= best[self.main]]
+        drawn = rng.sample(near, min(RANDOM, len(near)))
+        values = []
+        for i, genome in enumerate(drawn):
+            module = self.supernet.extract(self.whole(genome))
+            self.jury.gather(module)
+            values.append(self.task.overall(self.jury.scores(module, test), test.amounts))
+            self.progress("measure random networks", i + 1, len(drawn))
+        if not values:
+            return {"networks": 0, "mean": None, "improvement": None}
+        mean = sum(values) / len(values)
+        sign = 1 if self.task.higher else -1
+        return {"networks": len(values), "mean": mean, "improvement": sign * (best["value"] - mean) / mean}
+
+    def _written(self, model: nn.Module, point: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """Write the network into a folder, load it in a process without Trimtab, and compare its outputs."""
+        import torch
+
+        from trimtab.formats.checkpoint import write_safetensors
+        from trimtab.formats.network_code import write_network
+
+        folder, temporary = self.out / "model", self.out / ".model.part"
+        plain = hasattr(model, "save_pretrained")
+        model.eval()
+        with writing(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        if plain:
+            model.save_pretrained(temporary)  # type: ignore[operator]
+        else:
+            write_network(model, temporary, f"A network of {self.maker.name}: {point['plan']}.")
+        one = self.batch("test", 4)
+        with torch.no_grad():
+            output = getattr(model(**one.inputs) if plain else model(*one.inputs.values()), "logits", None)
+            output = model(*one.inputs.values()) if output is None else output
+        probe = self.out / ".probe.safetensors"
+        write_safetensors({**{k: v.contiguous() for k, v in one.inputs.items()}, "output": output.contiguous()}, probe)
+        kind = "transformers" if plain else "torch"
+        done = subprocess.run(
+            [sys.executable, "-c", LOADS, str(temporary), str(probe), kind], capture_output=True, text=True
+        )
+        probe.unlink()
+        if done.returncode:
+            raise UserError(
+                "the network does not load in a process without Trimtab, so it is not handed over: "
+                f"{done.stderr.strip().splitlines()[-1:] or 'killed'}"
+            )
+        difference, ours = done.stdout.split()
+        if not float(difference) <= TOLERANCE or ours != "False":
+            raise UserError(f"the network differs by {difference} once it is loaded elsewhere; it is not handed over")
+        shutil.rmtree(temporary / "__pycache__", ignore_errors=True)
+        commit_folder(temporary, folder)
+        return folder, {
+            "needs": kind,
+            "difference": float(difference),
+            "bytes": sum(p.stat().st_size for p in folder.iterdir()),
+        }
+
+
+def say_cost(name: str, value: float) -> str:
+    """A cost for a reader.
+
+    >>> say_cost("seconds", 0.0042), say_cost("flops", 4.2e6), say_cost("bytes", 4.2e6)
+    ('4.2 ms', '4.2 M', '4.2 MB')
+    """
+    if name == "seconds":
+        return f"{1000 * value:.3g} ms"
+    if name == "bytes":
+        return say_bytes(value)
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"

@@ -1,0 +1,47 @@
+"""Data for networks that are made for them: what the data say of themselves, and a task on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.core.errors import UserError
+from trimtab.tasks.base import Task
+from trimtab.tasks.classification import Classification
+
+SIZE = 32  # height and width that images of a folder are resized to, unless told otherwise
+
+
+def text_task(data: str | None, length: int) -> tuple[Task, dict[str, Any]]:
+    """A causal language model's task with the tokenizer of the shipped model, and its vocabulary's size."""
+    from trimtab.models.source import open_source
+    from trimtab.tasks.build import task_for
+
+    source = open_source("pocket")
+    return task_for(source, data, length), {"vocabulary": int(source.config["vocab_size"]), "length": length}
+
+
+def image_task(data: str | None, size: int = SIZE) -> tuple[Task, dict[str, Any]]:
+    """A classification's task, and how many channels and classes its images have.
+
+    Args:
+        data: as of `tasks.build.task_for`; None: scikit-learn's digits.
+        size: of a folder's images.
+    """
+    import torch
+
+    from trimtab.models.source import from_module, open_source
+    from trimtab.tasks.build import task_for
+
+    if data is None:
+        task = task_for(open_source("pocket-cnn"))
+    else:
+        source = from_module(torch.nn.Identity(), "the space")
+        source.config.update({"num_channels": 3, "image_size": size, "classes": 1 << 30})
+        task = task_for(source, data)
+    assert isinstance(task, Classification)
+    inputs, labels = task.data["calibration"]
+    images = next(iter(inputs.values()))
+    if images.dim() != 4:
+        raise UserError(f"{data}: inputs of shape {list(images.shape)} were found; a space takes images [n, c, h, w]")
+    classes = 1 + max(int(labels.max()) for _, labels in task.data.values())
+    return task, {"channels": int(images.shape[1]), "classes": classes}
