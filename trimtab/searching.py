@@ -3,8 +3,8 @@
     space, data -> elastic network -> train -> price and score sub-networks -> the one that fits -> plain torch
 
 Scores during the search are those of the search items; the chosen network, the largest and the best uniform one are
-measured on items that neither the training nor the search saw. What is handed over is written as a plain network, loaded
-again in a process without Trimtab, and compared.
+measured on items that neither the training nor the search saw. What is handed over is written as a plain network,
+loaded again in a process without Trimtab, and compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -34,14 +34,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trimtab.engine.costing import Costs
+    from trimtab.engine.cuts import Cuts
     from trimtab.engine.elastic import Maker, Supernet
     from trimtab.engine.jury import Jury
+    from trimtab.models.source import Source
     from trimtab.tasks.base import Task
 
 Progress = Callable[[str, int, int], None]
 COSTS = {"size": "bytes", "latency": "seconds", "flops": "flops", "parameters": "parameters"}
 DRAWS = 200_000  # random networks that are priced to see what a budget leaves
 RANDOM = 8  # networks of the same budget that the result is held against
+LOOKED = 4  # items that a trained model's blocks are looked at with
 GATHERED, SEARCHED = 1024, 4096  # items that statistics are gathered on, and that networks are scored on
 TOLERANCE = 1e-5
 
@@ -52,16 +55,18 @@ import torch
 from safetensors.torch import load_file
 given = load_file(sys.argv[2])
 expected = given.pop("output")
-if (sys.argv[3]) == "transformers":
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+if sys.argv[3] == "torch":
+    from network import network
+    run = lambda: network()(*given.values())
+elif sys.argv[3] == "transformers":
     import transformers
-    config = AutoConfig.from_pretrained(sys.argv[1])
+    config = transformers.AutoConfig.from_pretrained(sys.argv[1])
     model = getattr(transformers, config.architectures[0]).from_pretrained(sys.argv[1]).eval()
     run = lambda: model(**given).logits
 else:
-    from network import network
-    model = network()
-    run = lambda: model(*given.values())
+    from trimtab import load
+    model = load(sys.argv[1], kernels=False).model
+    run = lambda: model(**given).logits
 with torch.no_grad():
     found = run()
 print(float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)), "trimtab" in sys.modules)
@@ -74,6 +79,7 @@ class Request:
 
     Fields:
         space: a named space, `file.py`, `file.py:function` or `module:function`, see `trimtab.space`.
+        model: in place of a space, a trained model that is made elastic, see `models.source`.
         data: labelled images or text, see `tasks.build`; None: what Trimtab or Python brings along.
         budget: limits on `size` (bytes of weights) and `latency` (seconds of a forward of `batch_latency` items here);
             with `quality`, a share of the largest network's, the cheapest network that keeps it.
@@ -89,9 +95,10 @@ class Request:
         seed: of everything random.
     """
 
-    space: str
+    space: str | None = None
+    model: str | None = None
     data: str | None = None
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     flops: float | None = None
     parameters: float | None = None
     method: str = "sandwich"
@@ -114,6 +121,8 @@ class Request:
         ):
             if not isinstance(parse_method(getattr(self, name)), kind):
                 raise UserError(f"{getattr(self, name)} {lacks}; `trimtab methods --family nas` lists what does")
+        if (self.space is None) is (self.model is None):
+            raise UserError("a search is of a space or from a model: name one, and not both")
         if self.evaluations < 1:
             raise UserError(f"{self.evaluations} evaluations were asked for; at least 1 is needed")
         if self.budget.memory is not None:
@@ -133,7 +142,7 @@ class Request:
     def limits(self) -> dict[str, float]:
         """Name of a cost -> its upper bound."""
         asked = {**self.budget.limits(), "flops": self.flops, "parameters": self.parameters}
-        return {cost: float(asked[name]) for name, cost in COSTS.items() if asked.get(name) is not None}
+        return {cost: float(limit) for name, cost in COSTS.items() if (limit := asked.get(name)) is not None}
 
 
 @dataclass
@@ -146,9 +155,10 @@ class Found:
 
 
 def search(
-    space: str,
+    space: str | None = None,
     data: str | None = None,
     *,
+    model: str | None = None,
     budget: Budget | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -158,7 +168,7 @@ def search(
     """Train an elastic network, and find the best of its sub-networks for a budget.
 
     Args:
-        space, data, budget: see `Request`.
+        space, model, data, budget: see `Request`.
         out: folder of the run: journals, checkpoints, the network, the report.
         resume: go on with the run in `out`.
         options: further fields of `Request`.
@@ -171,8 +181,9 @@ def search(
     """
     from trimtab.fitting import default_folder
 
-    request = Request(space, data, budget or Budget(), **options)
-    folder = Path(out) if out is not None else default_folder(f"{Path(space.split(':')[0]).stem}-search")
+    request = Request(space, model, data, budget or Budget(), **options)
+    named = Path(str(space or model).split(":")[0])
+    folder = Path(out) if out is not None else default_folder(f"{named.stem}-search")
     return Search(request, folder, resume, progress or (lambda what, done, total: None)).go()
 
 
@@ -187,16 +198,38 @@ class Search:
     # ---- what everything is worked out from
 
     @cached_property
+    def source(self) -> Source | None:
+        """The trained model, where there is one."""
+        from trimtab.models.source import open_source
+
+        return None if self.request.model is None else open_source(self.request.model)
+
+    @cached_property
     def ground(self) -> tuple[Maker, Task]:
         """What makes networks, and what they are for."""
-        from trimtab.space import open_function, Space
+        from trimtab.space import Space, open_function
         from trimtab.tasks.fresh import image_task, text_task
 
+        if self.source is not None:
+            return self._cuts()
+        assert self.request.space is not None
         function, name = open_function(self.request.space)
         wanted = inspect.signature(function).parameters
         made = text_task if "vocabulary" in wanted else image_task
         task, known = made(self.request.data, self.request.length if made is text_task else self.request.size)
         return Space(function, name, **{k: v for k, v in known.items() if k in wanted}), task
+
+    def _cuts(self) -> tuple[Cuts, Task]:
+        """The networks that a trained model can be cut to, and its task."""
+        from trimtab.engine.cuts import Cuts
+        from trimtab.engine.stream import traced
+        from trimtab.tasks.build import task_for
+
+        source = self.source
+        assert source is not None
+        task = task_for(source, self.request.data, self.request.length)
+        some = task.batch("calibration", LOOKED, self.request.seed)
+        return Cuts(source.name, source.materialise(), traced(source, some), some.inputs, task.options), task
 
     @property
     def maker(self) -> Maker:
@@ -231,7 +264,10 @@ class Search:
         """The elastic network, trained."""
         from trimtab.engine.elastic import Supernet
 
-        return Supernet(self.maker, self.request.seed)
+        found = Supernet(self.maker, self.request.seed)
+        if self.source is not None:
+            found.sort(dict(self.batch("calibration", 1).inputs))
+        return found
 
     @cached_property
     def jury(self) -> Jury:
@@ -317,7 +353,8 @@ class Search:
         recipe, folder = request.recipe(), self.out / "training"
         method = parse_method(request.method)
         teaching = Teaching(
-            self.supernet, method, items.inputs, items.labels, recipe.steps, request.seed, self.task.options, folder
+            *(self.supernet, method, items.inputs, items.labels, recipe.steps),  # type: ignore[arg-type]
+            *(request.seed, self.task.options, folder),
         )
         optimiser = torch.optim.AdamW(self.supernet.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
         resume = self.resume and (folder / "journal.jsonl").is_file()
@@ -433,7 +470,7 @@ class Search:
             }
         verdict = self._verdict(scores, points, test)
         rng = Random(self.request.seed + 1)
-        folder, gate = self._written(models["best"], points["best"])
+        folder, gate = self._written(models["best"], self.whole(chosen))
         model = models["best"]
         priced = points["best"].get("seconds")
         measured = self.costs.measure(self.whole(chosen)) if priced is not None else None
@@ -473,14 +510,16 @@ class Search:
         from trimtab.tasks.base import bootstrap
 
         best, cost = points["best"], self.main
-        said = f"keeps {best['retained']:.1%} of the largest network's {self.task.metric} at {best[cost] / points['largest'][cost]:.0%} of its {cost}"
+        share = best[cost] / points["largest"][cost]
+        said = f"keeps {best['retained']:.1%} of the largest network's {self.task.metric} at {share:.0%} of its {cost}"
         if "uniform" not in scores:
             return f"{said}; no uniform network is within the limits"
         low, high = bootstrap(self.task, scores["best"], scores["uniform"], test.amounts)[2]
         better = low > 0 if self.task.higher else high < 0
         worse = high < 0 if self.task.higher else low > 0
         outcome = "better than" if better else "worse than" if worse else "not told apart from"
-        return f"{said}; {outcome} the best uniform network within the limits ({low:+.4g} to {high:+.4g} {self.task.metric})"
+        span = f"{low:+.4g} to {high:+.4g} {self.task.metric}"
+        return f"{said}; {outcome} the best uniform network within the limits ({span})"
 
     def _front(self, trials: tuple[Trial, ...]) -> list[dict[str, Any]]:
         """The scored sub-networks that no other beats in both error and cost, on the search items, cheapest first."""
@@ -520,49 +559,73 @@ class Search:
         sign = 1 if self.task.higher else -1
         return {"networks": len(values), "mean": mean, "improvement": sign * (best["value"] - mean) / mean}
 
-    def _written(self, model: nn.Module, point: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """Write the network into a folder, load it in a process without Trimtab, and compare its outputs."""
+    def _written(self, model: nn.Module, genome: Genome) -> tuple[Path, dict[str, Any]]:
+        """Write the network into a folder, load it in a fresh process, and compare its outputs."""
         import torch
 
+        from trimtab.engine.elastic import called
         from trimtab.formats.checkpoint import write_safetensors
-        from trimtab.formats.network_code import write_network
 
         folder, temporary = self.out / "model", self.out / ".model.part"
-        plain = hasattr(model, "save_pretrained")
         model.eval()
         with writing(folder):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        if plain:
-            model.save_pretrained(temporary)  # type: ignore[operator]
-        else:
-            write_network(model, temporary, f"A network of {self.maker.name}: {point['plan']}.")
+        needs = self._stored(model, genome, temporary)
         one = self.batch("test", 4)
         with torch.no_grad():
-            output = getattr(model(**one.inputs) if plain else model(*one.inputs.values()), "logits", None)
-            output = model(*one.inputs.values()) if output is None else output
+            output = called(model, one.inputs, self.task.options)
+        tensors = {**dict(one.inputs), "output": getattr(output, "logits", output)}
         probe = self.out / ".probe.safetensors"
-        write_safetensors({**{k: v.contiguous() for k, v in one.inputs.items()}, "output": output.contiguous()}, probe)
-        kind = "transformers" if plain else "torch"
-        done = subprocess.run(
-            [sys.executable, "-c", LOADS, str(temporary), str(probe), kind], capture_output=True, text=True
-        )
+        write_safetensors({k: v.contiguous() for k, v in tensors.items()}, probe)
+        asked = [sys.executable, "-c", LOADS, str(temporary), str(probe), needs]
+        done = subprocess.run(asked, capture_output=True, text=True)
         probe.unlink()
         if done.returncode:
             raise UserError(
-                "the network does not load in a process without Trimtab, so it is not handed over: "
+                "the network does not load in a fresh process, so it is not handed over: "
                 f"{done.stderr.strip().splitlines()[-1:] or 'killed'}"
             )
-        difference, ours = done.stdout.split()
-        if not float(difference) <= TOLERANCE or ours != "False":
+        difference, ours = done.stdout.split()[-2:]
+        if not float(difference) <= TOLERANCE or (needs != "trimtab" and ours != "False"):
             raise UserError(f"the network differs by {difference} once it is loaded elsewhere; it is not handed over")
         shutil.rmtree(temporary / "__pycache__", ignore_errors=True)
         commit_folder(temporary, folder)
-        return folder, {
-            "needs": kind,
-            "difference": float(difference),
-            "bytes": sum(p.stat().st_size for p in folder.iterdir()),
-        }
+        size = sum(p.stat().st_size for p in folder.iterdir())
+        return folder, {"needs": needs, "difference": float(difference), "bytes": size}
+
+    def _stored(self, model: Any, genome: Genome, folder: Path) -> str:
+        """Write a network: what its folder needs to be loaded, `torch`, `transformers` or, where its blocks differ in
+        ways that no configuration says, `trimtab`.
+        """
+        from trimtab.engine.cuts import Cuts
+        from trimtab.formats.network_code import write_network
+
+        source, maker = self.source, self.maker
+        sidecars = source.sidecars() if source is not None else []
+        if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+            write_network(model, folder, f"A network of {maker.name}: {self._said(genome)}.")
+            return "torch"
+        if isinstance(maker, Cuts):
+            from trimtab.formats.structure import plain_config_changes
+            from trimtab.models.artifact import write_artifact
+
+            edits = maker.edits(genome)
+            changes = plain_config_changes(model, edits)
+            if changes is None:
+                manifest = {
+                    **{"task": self.task.name, "dtype": "fp32", "plan": "", "edits": edits},
+                    "source": {"name": maker.name, "hash": source.hash if source is not None else ""},
+                }
+                state = ((n, t.detach()) for n, t in sorted(model.state_dict().items()))
+                write_artifact(folder, state, {}, manifest, sidecars)
+                return "trimtab"
+            model.config = type(model.config).from_dict({**model.config.to_dict(), **changes})
+        model.save_pretrained(folder)
+        for path in sidecars:
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+        return "transformers"
 
 
 def say_cost(name: str, value: float) -> str:

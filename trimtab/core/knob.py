@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from trimtab.core.errors import UserError
 
-Kind = Literal["choice", "width", "depth", "block", "level", "recipe"]
+Kind = Literal["choice", "width", "heads", "depth", "block", "level", "recipe"]
 Genome = tuple[int, ...]
 Offered = Mapping[str, Sequence[int]]  # knob -> rising places of its options
 
@@ -28,7 +28,8 @@ class Knob:
     Fields:
         name: as it prints; unique in its domain.
         options: what it may be set to; of widths and depths from smallest to largest.
-        kind: a plain choice, a width, a depth, a block among several, a level of compression, or part of a recipe.
+        kind: a plain choice, a width, a number of heads, a depth, a block among several, a level of compression, or
+            part of a recipe.
         when: (name of another knob, places of its options) pairs, under all of which this knob matters; from the
             outermost to the nearest, each knob hanging on those before it.
     """
@@ -37,6 +38,15 @@ class Knob:
     options: tuple[Any, ...]
     kind: Kind = "choice"
     when: tuple[tuple[str, frozenset[int]], ...] = ()
+
+    def nearest(self, shares: Sequence[float]) -> tuple[int, ...]:
+        """Places of the options nearest to shares of the largest, rising.
+
+        >>> Knob("hidden", (32, 64, 96, 128), "width").nearest((0.5, 1.0))
+        (1, 3)
+        """
+        places = range(len(self.options))
+        return tuple(sorted({min(places, key=lambda p: abs(self.options[p] / self.options[-1] - s)) for s in shares}))
 
     @property
     def ordered(self) -> bool:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.core.errors import UserError
 from trimtab.core.knob import Domain, Genome
+from trimtab.engine.elastic import called
 from trimtab.kernels.profile import threads_set, timed
 
 if TYPE_CHECKING:
@@ -197,10 +198,7 @@ class Costs:
                                 table[name] = made[id(tensor)]
                 inputs = {k: mode.from_tensor(v) for k, v in self.inputs.items()}
                 with recorder:
-                    if hasattr(module, "config"):
-                        module(**inputs, **self.options)
-                    else:
-                        module(*inputs.values())
+                    called(module, inputs, self.options)
         except UserError:
             raise
         except Exception as error:  # the network is the user's own
@@ -335,10 +333,8 @@ class Costs:
     def measure(self, genome: Genome, seconds: float = 0.3) -> float:
         """Seconds of a forward of a network with weights drawn anew, measured here."""
         module = self.maker.build(genome, meta=False)[0].eval()
-        named = hasattr(module, "config")
         with threads_set(self.threads), torch.no_grad():
-            run = (lambda: module(**self.inputs, **self.options)) if named else (lambda: module(*self.inputs.values()))
-            return timed(run, seconds, self.threads)[0]
+            return timed(lambda: called(module, self.inputs, self.options), seconds, self.threads)[0]
 
     def price(self, genomes: Sequence[Genome] | np.ndarray) -> dict[str, np.ndarray]:
         """Costs of canonical genomes: name -> array; seconds where they are measured."""

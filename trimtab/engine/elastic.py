@@ -8,6 +8,7 @@ the views in the very same module, so that it computes bit for bit what the shar
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ class Supernet(nn.Module):
                         f"{path}.{name} of {self.maker.name} is in no network that was tried; make it inside of the "
                         "OneOf or Depth that it hangs on"
                     )
-                index = self._index(shared, tensor, holder, path)
+                index = self._index(shared, tensor, holder, path, name)
                 place = Place(holder, name, shared, index)
                 if name in holder._parameters:
                     seen[id(tensor)] = len(network.parameters)
@@ -198,7 +199,7 @@ class Supernet(nn.Module):
                     network.buffers.append(place)
         return network
 
-    def _index(self, shared: str, tensor: Tensor, holder: nn.Module, path: str) -> Index | None:
+    def _index(self, shared: str, tensor: Tensor, holder: nn.Module, path: str, name: str) -> Index | None:
         whole = self._tensors[shared].shape
         part = tuple(tensor.shape)
         if tuple(whole) == part:
@@ -208,6 +209,8 @@ class Supernet(nn.Module):
                 f"{path or self.maker.name}: a tensor of shape {list(part)} is to be a part of {shared}, which has "
                 f"{list(whole)}; the choices that lead there do not fit together"
             )
+        if name in getattr(holder, "_slices", {}):
+            return holder._slices[name]  # type: ignore[index,return-value]
         most, here = self._pieces[shared], getattr(holder, "_pieces", {})
         centred = isinstance(holder, nn.modules.conv._ConvNd)
         index: list[slice | Tensor] = []
@@ -278,7 +281,8 @@ class Supernet(nn.Module):
         """
         largest = self.domain.largest()
         module = self.extract(largest).eval()
-        inputs = inputs if hasattr(module, "config") or isinstance(inputs, tuple) else tuple(inputs.values())
+        if isinstance(inputs, Mapping) and not inputs.keys() <= inspect.signature(module.forward).parameters.keys():
+            inputs = tuple(inputs.values())
         paths = {id(m): p for p, m in self.network(largest).module.named_modules()}
         shared = {f"{paths[id(p.holder)]}.{p.name}": p.shared for p in (*self._places(largest),)}
         narrowed = self._narrowed()
@@ -305,7 +309,7 @@ class Supernet(nn.Module):
 
     def _narrowed(self) -> set[tuple[str, int]]:
         """Shared tensors and their dimensions of which the network of smallest widths has a part alone."""
-        widths = {knob.name: (0,) for knob in self.domain.knobs if knob.kind == "width"}
+        widths = {knob.name: (0,) for knob in self.domain.knobs if knob.kind in ("width", "heads")}
         return {
             (place.shared, dim)
             for place in self._places(self.domain.largest(widths))
@@ -325,6 +329,13 @@ class Supernet(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The largest network's outputs."""
         return self.bound(self.domain.largest())[0](*args, **kwargs)
+
+
+def called(module: nn.Module, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
+    """A network's output: its inputs by name where its forward knows the names, else in order."""
+    if inputs.keys() <= inspect.signature(module.forward).parameters.keys():
+        return module(**inputs, **options)
+    return module(*inputs.values())
 
 
 def _touched(module: nn.Module, member: Member) -> Iterator[tuple[str, int]]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.knob import Genome
-from trimtab.engine.elastic import Supernet
-from trimtab.engine.teaching import called
+from trimtab.engine.elastic import Supernet, called
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

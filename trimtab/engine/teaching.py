@@ -14,7 +14,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.journal import write_atomic
 from trimtab.core.knob import Genome
 from trimtab.core.method import Elastic, Lesson, Pupil
-from trimtab.engine.elastic import Supernet
+from trimtab.engine.elastic import Supernet, called
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 
 TEACHER = "teacher.safetensors"
@@ -113,11 +113,6 @@ class Teaching:
                 state = {k: v.contiguous() for k, v in self._before.state_dict().items()}
                 write_atomic(file, lambda p: write_safetensors(state.items(), p, {"step": f"{step:09}"}))
         return self._before
-
-
-def called(module: nn.Module, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
-    """A network's output; one of transformers takes its inputs by name, others in order."""
-    return module(**inputs, **options) if hasattr(module, "config") else module(*inputs.values())
 
 
 def predictions(output: Any, labels: Tensor) -> Tensor:

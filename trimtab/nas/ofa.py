@@ -9,8 +9,6 @@ from trimtab.core.errors import UserError
 from trimtab.core.knob import Domain, Offered
 from trimtab.core.method import Card, Elastic, Lesson, Pupil
 
-ORDER = ("kernel", "depth", "width")
-
 
 @dataclass(frozen=True)
 class OFA(Elastic):
@@ -86,7 +84,7 @@ class OFA(Elastic):
         opened: dict[str, tuple[int, ...]] = {}
         for knob in lesson.domain.knobs:
             places = tuple(lesson.offered.get(knob.name, (len(knob.options) - 1,)))
-            turn = {"depth": 2, "width": 3}.get(knob.kind, 1)
+            turn = {"depth": 2, "width": 3, "heads": 3}.get(knob.kind, 1)
             if turn > phase:
                 places = places[-1:]
             elif turn == phase > 1 and through < 0.5 and len(places) > 2:

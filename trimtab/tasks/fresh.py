@@ -39,7 +39,7 @@ def image_task(data: str | None, size: int = SIZE) -> tuple[Task, dict[str, Any]
         source.config.update({"num_channels": 3, "image_size": size, "classes": 1 << 30})
         task = task_for(source, data)
     assert isinstance(task, Classification)
-    inputs, labels = task.data["calibration"]
+    inputs, _ = task.data["calibration"]
     images = next(iter(inputs.values()))
     if images.dim() != 4:
         raise UserError(f"{data}: inputs of shape {list(images.shape)} were found; a space takes images [n, c, h, w]")
