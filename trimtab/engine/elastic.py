@@ -333,9 +333,16 @@ class Supernet(nn.Module):
 
 def called(module: nn.Module, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
     """A network's output: its inputs by name where its forward knows the names, else in order."""
+    inputs = {name: _laid_out(value) for name, value in inputs.items()}
     if inputs.keys() <= inspect.signature(module.forward).parameters.keys():
         return module(**inputs, **options)
     return module(*inputs.values())
+
+
+def _laid_out(value: Tensor) -> Tensor:
+    """Batches of images channels last, in which convolutions channel by channel train twice as fast."""
+    batch = value.dim() == 4 and len(value) > 1 and value.is_floating_point()
+    return value.contiguous(memory_format=torch.channels_last) if batch else value
 
 
 def _touched(module: nn.Module, member: Member) -> Iterator[tuple[str, int]]:

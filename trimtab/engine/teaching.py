@@ -51,6 +51,7 @@ class Teaching:
         self.supernet, self.method, self.steps, self.seed = supernet, method, steps, seed
         self.inputs, self.labels, self.options, self.folder = dict(inputs), labels, dict(options or {}), folder
         self.offered = method.offer(supernet.domain)
+        self.passes = 0  # forward and backward passes of networks so far
         self._before: nn.Module | None = None
 
     def __call__(self, places: Tensor, step: int) -> tuple[float, int]:
@@ -66,6 +67,7 @@ class Teaching:
             with torch.no_grad():
                 known["before"] = self._logits(self._teacher(step), inputs, labels)
         total, count = 0.0, 1
+        self.passes += len(pupils)
         for number, pupil in enumerate(pupils):
             module, views = self.supernet.bound(pupil.genome, leaves=True)
             module.train()

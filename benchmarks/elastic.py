@@ -1,0 +1,102 @@
+"""Are sub-networks of one elastic network as good as networks trained alone?
+
+CIFAR-10, the space `mobile-cnn`, networks at five budgets of flops. Elastic trainings get the same number of passes
+forward and backward through networks as progressive shrinking takes; each network alone gets as many epochs as the
+elastic ones see data. `behind` is the accuracy of the network alone less that of the sub-network, with the 95 % interval
+of the paired difference over the test images. A JSON line is printed and appended to records/benchmarks/elastic.jsonl.
+
+    python benchmarks/elastic.py          # an hour and a half on one core; the shared data are needed
+    python benchmarks/elastic.py --small  # two minutes; nothing is recorded
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIZES = {"calibration": 10_000, "search": 2_000, "test": 10_000}
+METHODS = ("ofa", "sandwich(between=1)", "uniform-sampling")
+
+
+@cache
+def cifar10() -> dict[str, tuple[Tensor, Tensor]]:
+    """More of the shared images than `benchmarks.resnet` takes."""
+    from benchmarks.resnet import images_of
+
+    return {
+        "calibration": images_of("train", SIZES["calibration"]),
+        "search": images_of("train", SIZES["search"], start=40_000),
+        "test": images_of("test", SIZES["test"]),
+    }
+
+
+def measured(epochs: int, budgets: int, seed: int) -> dict[str, Any]:
+    """The record's figures."""
+    from trimtab.elasticity import Alone, Elasticity
+    from trimtab.space import open_space
+    from trimtab.tasks.base import bootstrap
+    from trimtab.tasks.classification import Classification
+
+    task = Classification({s: ({"images": x}, y) for s, (x, y) in cifar10().items()})
+    bench = Elasticity(open_space("mobile-cnn", channels=3, classes=10), task, seed=seed, tested=SIZES["test"])
+    steps = epochs * SIZES["calibration"] // bench.batch
+    genomes = bench.spread(budgets)
+    test, scores = bench.jury.items, {}
+    seconds, passes = {}, {}
+
+    def run(name: str, method: Any, steps: int, wanted: list[Any]) -> None:
+        start = time.thread_time()
+        supernet = bench.trained(method, steps)
+        seconds[name], passes[name] = time.thread_time() - start, bench.passes[str(method)]
+        for genome in wanted:
+            module = supernet.extract(genome)
+            bench.jury.gather(module)
+            scores[name, genome] = bench.jury.scores(module, test)
+        print(name, seconds[name], [round(task.overall(scores[name, g], test.amounts), 4) for g in wanted], flush=True)
+
+    run("ofa", "ofa", steps, genomes)
+    for method in METHODS[1:]:
+        each = 3 if method.startswith("sandwich") else 1
+        run(method, method, passes["ofa"] // each, genomes)
+    for genome in genomes:
+        run(f"alone {genome}", Alone(genome), steps, [genome])
+    rows = []
+    for genome in genomes:
+        alone = scores[f"alone {genome}", genome]
+        row: dict[str, Any] = {k: float(v[0]) for k, v in bench.costs.price([genome]).items()}
+        row["alone"] = task.overall(alone, test.amounts)
+        for method in METHODS:
+            behind = bootstrap(task, alone, scores[method, genome], test.amounts)[2]
+            value = task.overall(scores[method, genome], test.amounts)
+            row[method] = {"accuracy": value, "behind": row["alone"] - value, "interval": list(behind)}
+        rows.append(row)
+    return {"epochs": epochs, "steps": steps, "seed": seed, "passes": passes, "cpu_seconds": seconds, "networks": rows}
+
+
+def main() -> None:
+    """Print the record, and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.small:
+        SIZES.update({"calibration": 640, "search": 200, "test": 500})
+    row = measured(1 if args.small else args.epochs, 2 if args.small else 5, args.seed)
+    if args.small:
+        print(json.dumps(row))
+        return
+    from benchmarks.recording import append
+
+    append("elastic", row)
+
+
+if __name__ == "__main__":
+    main()

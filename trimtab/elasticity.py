@@ -1,0 +1,150 @@
+"""What claims and benchmarks of elastic training share: one space and data, super-networks trained on them, networks
+trained alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from trimtab.core.knob import Domain, Genome, Offered
+from trimtab.core.method import Card, Elastic, Lesson, Pupil
+from trimtab.core.plan import parse_method
+
+if TYPE_CHECKING:
+    from trimtab.engine.costing import Costs
+    from trimtab.engine.elastic import Maker, Supernet
+    from trimtab.engine.jury import Jury
+    from trimtab.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Alone(Elastic):
+    """One network of a domain, trained on labels as if there were no other."""
+
+    genome: Genome = ()
+
+    card = Card("alone", claim="The yardstick of every sub-network.")
+
+    def offer(self, domain: Domain) -> Offered:
+        """Nothing but the one network."""
+        return {knob.name: (place,) for knob, place in zip(domain.knobs, self.genome, strict=True)}
+
+    def teach(self, lesson: Lesson, rng: Random) -> tuple[Pupil, ...]:
+        return (Pupil(self.genome),)
+
+
+@dataclass
+class Elasticity:
+    """A space or a cut model with its task; trains super-networks, and scores their networks on test items.
+
+    Fields:
+        maker, task: see `trimtab.searching`.
+        batch, rate, decay: of every training.
+        seed: of weights, order and draws.
+        gathered, tested: items for the statistics of norms, and that networks are scored on.
+    """
+
+    maker: Maker
+    task: Task
+    batch: int = 64
+    rate: float = 3e-3
+    decay: float = 0.01
+    seed: int = 0
+    gathered: int = 256
+    tested: int = 10_000
+    passes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def domain(self) -> Domain:
+        """The knobs."""
+        return self.maker.domain
+
+    @cached_property
+    def items(self) -> Any:
+        """Items that are trained on."""
+        return self.task.batch("calibration", 1 << 40, self.seed)
+
+    @cached_property
+    def jury(self) -> Jury:
+        """Scores networks on test items."""
+        from trimtab.engine.jury import Jury
+
+        items = self.task.batch("test", self.tested, self.seed)
+        return Jury(self.task, self.items.take(0, self.gathered), items)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Parameters, bytes and flops of every network."""
+        from trimtab.engine.costing import Costs
+
+        return Costs(self.maker, dict(self.items.take(0, 1).inputs), self.task.options)
+
+    def trained(self, method: str | Elastic, steps: int, sort: bool = False) -> Supernet:
+        """A super-network trained by a method.
+
+        Args:
+            sort: put the channels in the order of their importance first, for a model that was trained before.
+        """
+        import torch
+
+        from trimtab.engine.elastic import Supernet
+        from trimtab.engine.teaching import Teaching
+        from trimtab.engine.train import Recipe, train
+
+        made = parse_method(method) if isinstance(method, str) else method
+        supernet = Supernet(self.maker, self.seed)
+        if sort:
+            supernet.sort(dict(self.items.take(0, 1).inputs))
+        if not steps:
+            return supernet.requires_grad_(False)
+        recipe = Recipe(steps=steps, batch=self.batch, rate=self.rate, decay=self.decay, seed=self.seed)
+        optimiser = torch.optim.AdamW(supernet.parameters(), lr=self.rate, weight_decay=self.decay)
+        options = self.task.options
+        teaching = Teaching(supernet, made, self.items.inputs, self.items.labels, steps, self.seed, options)  # type: ignore[arg-type]
+        train(supernet, None, len(self.items), recipe, optimiser, backward=teaching)  # type: ignore[arg-type]
+        self.passes[str(method)] = teaching.passes
+        return supernet.requires_grad_(False)
+
+    def error(self, supernet: Supernet, genome: Genome) -> float:
+        """The test error of a network."""
+        return self.jury.of(supernet, genome)
+
+    def spread(self, count: int, cost: str = "flops") -> list[Genome]:
+        """Networks at so many budgets, evenly from the smallest to the largest: of random ones near each budget the
+        first.
+        """
+        rng = Random(self.seed)
+        drawn = sorted({self.domain.random(rng) for _ in range(3000)})
+        costs = self.costs.price(drawn)[cost]
+        low, high = (float(self.costs.price([g])[cost][0]) for g in (self.domain.smallest(), self.domain.largest()))
+        found = [self.domain.smallest()]
+        for i in range(1, count - 1):
+            wanted = low * (high / low) ** (i / (count - 1))
+            found.append(drawn[int(abs(costs - wanted).argmin())])
+        return [*found, self.domain.largest()]
+
+
+def digits_space(seed: int = 0, space: str = "mobile-cnn", **options: Any) -> Elasticity:
+    """A named space on scikit-learn's digits."""
+    from trimtab.space import open_space
+    from trimtab.tasks.fresh import image_task
+
+    task, known = image_task(None)
+    return Elasticity(open_space(space, **known), task, seed=seed, **options)
+
+
+def cut_model(model: str, seed: int = 0, length: int = 64, data: str | None = None, **options: Any) -> Elasticity:
+    """A shipped model that is made elastic."""
+    from trimtab.engine.cuts import Cuts
+    from trimtab.engine.stream import traced
+    from trimtab.models.source import open_source
+    from trimtab.tasks.build import task_for
+
+    source = open_source(model)
+    task = task_for(source, data, length)
+    some = task.batch("calibration", 4, seed)
+    maker = Cuts(source.name, source.materialise(), traced(source, some), some.inputs, task.options)
+    return Elasticity(maker, task, seed=seed, **options)
