@@ -18,7 +18,19 @@ from torch import Tensor, nn
 
 from trimtab.core.device import Device, Heads, Kernel, Product, Work
 from trimtab.core.level import NM, Codebook, Depth, Float, Int, Level, Plus, Rank, Sparse, Width
-from trimtab.core.method import Allocator, Cacher, Card, Merger, Method, Pricer, Rewriter, Scene, Solver, discover
+from trimtab.core.method import (
+    Allocator,
+    Cacher,
+    Card,
+    Merger,
+    Method,
+    Pricer,
+    Rewriter,
+    Scene,
+    Searcher,
+    Solver,
+    discover,
+)
 from trimtab.core.modelmap import ModelMap, trace
 from trimtab.core.site import Site
 from trimtab.core.table import Row
@@ -32,6 +44,7 @@ REWRITERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Rewri
 MERGERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Merger)}
 ALLOCATORS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Allocator)}
 PRICERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Pricer)}
+SEARCHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Searcher)}
 CACHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Cacher)}
 
 # what each verb may ask for by name: the contract of `trimtab.core.method`
@@ -48,6 +61,8 @@ STATISTICS = {
     "loss": {"weak"},
     "decide": {"rng", "changes"},
     "store": set(),
+    "ask": {"rng", "price", "identity"},
+    "offer": set(),
 }
 
 

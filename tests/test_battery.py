@@ -55,6 +55,7 @@ from trimtab.core.method import (
     VERBS,
     Allocator,
     Cacher,
+    Elastic,
     Estimator,
     Joiner,
     Merger,
@@ -64,6 +65,7 @@ from trimtab.core.method import (
     Policy,
     Pricer,
     Rewriter,
+    Searcher,
     Solver,
     method,
 )
@@ -73,7 +75,7 @@ from trimtab.core.table import Row
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.formats.packed import Packed, tensor_names
 
-LEVELLESS = (Allocator, Pricer, Cacher, Merger, Joiner, Objective, Optimiser, Estimator, Policy)
+LEVELLESS = (Allocator, Pricer, Cacher, Merger, Joiner, Objective, Optimiser, Estimator, Policy, Searcher, Elastic)
 ENTRIES = 391  # rows of the catalogue of papers
 
 each_method = pytest.mark.parametrize("name", METHODS)
