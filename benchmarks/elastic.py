@@ -1,9 +1,9 @@
 """Are sub-networks of one elastic network as good as networks trained alone?
 
 CIFAR-10, the space `mobile-cnn`, networks at five budgets of flops. Elastic trainings get the same number of passes
-forward and backward through networks as progressive shrinking takes; each network alone gets as many epochs as the
-elastic ones see data. `behind` is the accuracy of the network alone less that of the sub-network, with the 95 % interval
-of the paired difference over the test images. A JSON line is printed and appended to records/benchmarks/elastic.jsonl.
+forward and backward through networks as progressive shrinking takes; each network alone gets as many epochs as it.
+`behind` is the accuracy of the network alone less that of the sub-network, with the 95 % interval of the paired
+difference over the test images. A JSON line is printed and appended to records/benchmarks/elastic.jsonl.
 
     python benchmarks/elastic.py          # an hour and a half on one core; the shared data are needed
     python benchmarks/elastic.py --small  # two minutes; nothing is recorded
@@ -12,13 +12,14 @@ of the paired difference over the test images. A JSON line is printed and append
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trimtab.catalogue import keep_benchmark
 
 SIZES = {"calibration": 10_000, "search": 2_000, "test": 10_000}
 METHODS = ("ofa", "sandwich(between=1)", "uniform-sampling")
@@ -64,11 +65,11 @@ def measured(epochs: int, budgets: int, seed: int) -> dict[str, Any]:
     for method in METHODS[1:]:
         each = 3 if method.startswith("sandwich") else 1
         run(method, method, passes["ofa"] // each, genomes)
-    for genome in genomes:
-        run(f"alone {genome}", Alone(genome), steps, [genome])
+    for i, genome in enumerate(genomes):
+        run(f"alone {i}", Alone(genome), steps, [genome])
     rows = []
-    for genome in genomes:
-        alone = scores[f"alone {genome}", genome]
+    for i, genome in enumerate(genomes):
+        alone = scores[f"alone {i}", genome]
         row: dict[str, Any] = {k: float(v[0]) for k, v in bench.costs.price([genome]).items()}
         row["alone"] = task.overall(alone, test.amounts)
         for method in METHODS:
@@ -90,12 +91,7 @@ def main() -> None:
     if args.small:
         SIZES.update({"calibration": 640, "search": 200, "test": 500})
     row = measured(1 if args.small else args.epochs, 2 if args.small else 5, args.seed)
-    if args.small:
-        print(json.dumps(row))
-        return
-    from benchmarks.recording import append
-
-    append("elastic", row)
+    keep_benchmark({"benchmark": "elastic", **row}, kept=not args.small)
 
 
 if __name__ == "__main__":
