@@ -39,7 +39,8 @@ def cifar10() -> dict[str, tuple[Tensor, Tensor]]:
 
 def measured(epochs: int, budgets: int, seed: int) -> dict[str, Any]:
     """The record's figures."""
-    from trimtab.elasticity import Alone, Elasticity
+    from trimtab.core.method import method as named
+    from trimtab.elasticity import Elasticity
     from trimtab.space import open_space
     from trimtab.tasks.base import bootstrap
     from trimtab.tasks.classification import Classification
@@ -66,7 +67,7 @@ def measured(epochs: int, budgets: int, seed: int) -> dict[str, Any]:
         each = 3 if method.startswith("sandwich") else 1
         run(method, method, passes["ofa"] // each, genomes)
     for i, genome in enumerate(genomes):
-        run(f"alone {i}", Alone(genome), steps, [genome])
+        run(f"alone {i}", named("alone", genome=genome), steps, [genome])
     rows = []
     for i, genome in enumerate(genomes):
         alone = scores[f"alone {i}", genome]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trimtab.loading import Loaded, load
     from trimtab.merging import merge
     from trimtab.optimising import optimizer
+    from trimtab.searching import search
     from trimtab.training import train
 
 __version__ = "0.1.0"
@@ -33,12 +34,13 @@ __all__ = [
     "load",
     "merge",
     "optimizer",
+    "search",
     "train",
 ]
 
 _WHERE = {
     **{"fit": "fitting", "Fit": "fitting", "load": "loading", "Loaded": "loading"},
-    **{"optimizer": "optimising", "train": "training"},
+    **{"optimizer": "optimising", "train": "training", "search": "searching"},
 }
 _FAMILIES = ("adapt", "merge")
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from trimtab.core.knob import Domain, Genome, Offered
-from trimtab.core.method import Card, Elastic, Lesson, Pupil
+from trimtab.core.knob import Domain, Genome
+from trimtab.core.method import Elastic, method
 from trimtab.core.plan import parse_method
 
 if TYPE_CHECKING:
@@ -18,22 +18,6 @@ if TYPE_CHECKING:
     from trimtab.engine.elastic import Maker, Supernet
     from trimtab.engine.jury import Jury
     from trimtab.tasks.base import Task
-
-
-@dataclass(frozen=True)
-class Alone(Elastic):
-    """One network of a domain, trained on labels as if there were no other."""
-
-    genome: Genome = ()
-
-    card = Card("alone", claim="The yardstick of every sub-network.")
-
-    def offer(self, domain: Domain) -> Offered:
-        """Nothing but the one network."""
-        return {knob.name: (place,) for knob, place in zip(domain.knobs, self.genome, strict=True)}
-
-    def teach(self, lesson: Lesson, rng: Random) -> tuple[Pupil, ...]:
-        return (Pupil(self.genome),)
 
 
 @dataclass
@@ -82,7 +66,7 @@ class Elasticity:
 
         return Costs(self.maker, dict(self.items.take(0, 1).inputs), self.task.options)
 
-    def trained(self, method: str | Elastic, steps: int, sort: bool = False) -> Supernet:
+    def trained(self, how: str | Elastic, steps: int, sort: bool = False) -> Supernet:
         """A super-network trained by a method.
 
         Args:
@@ -94,7 +78,7 @@ class Elasticity:
         from trimtab.engine.teaching import Teaching
         from trimtab.engine.train import Recipe, train
 
-        made = parse_method(method) if isinstance(method, str) else method
+        made = parse_method(how) if isinstance(how, str) else how
         supernet = Supernet(self.maker, self.seed)
         if sort:
             supernet.sort(dict(self.items.take(0, 1).inputs))
@@ -105,8 +89,14 @@ class Elasticity:
         options = self.task.options
         teaching = Teaching(supernet, made, self.items.inputs, self.items.labels, steps, self.seed, options)  # type: ignore[arg-type]
         train(supernet, None, len(self.items), recipe, optimiser, backward=teaching)  # type: ignore[arg-type]
-        self.passes[str(method)] = teaching.passes
+        self.passes[str(how)] = teaching.passes
         return supernet.requires_grad_(False)
+
+    def alone(self, genome: Genome, steps: int) -> Supernet:
+        """A super-network of which one network was trained."""
+        made = method("alone", genome=genome)
+        assert isinstance(made, Elastic)
+        return self.trained(made, steps)
 
     def error(self, supernet: Supernet, genome: Genome) -> float:
         """The test error of a network."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,13 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from trimtab.core.budget import Budget, say_bytes
+from trimtab.core.budget import Budget
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.core.journal import Journal, commit_folder, write_atomic, writing
 from trimtab.core.knob import Domain, Genome
 from trimtab.core.method import Elastic, Searcher, Trial
 from trimtab.core.plan import parse_method
+from trimtab.report.networks import say_cost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,9 +45,11 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 COSTS = {"size": "bytes", "latency": "seconds", "flops": "flops", "parameters": "parameters"}
 DRAWS = 200_000  # random networks that are priced to see what a budget leaves
+UNIFORM = 12  # uniform networks that are scored first
 RANDOM = 8  # networks of the same budget that the result is held against
+LINES = 18  # groups of choices that a description shows
 LOOKED = 4  # items that a trained model's blocks are looked at with
-GATHERED, SEARCHED = 1024, 4096  # items that statistics are gathered on, and that networks are scored on
+GATHERED, SEARCHED, TESTED = 5, 40, 100  # times `task.multiple` items: for statistics, the search, and the verdict
 TOLERANCE = 1e-5
 
 LOADS = """
@@ -92,6 +96,7 @@ class Request:
         size: height and width that images of a folder are resized to.
         items: of the forward that costs are for.
         threads: that time is measured with; 0: as torch has them.
+        device: `here`, or a file of a device profile of this machine.
         seed: of everything random.
     """
 
@@ -102,7 +107,7 @@ class Request:
     flops: float | None = None
     parameters: float | None = None
     method: str = "sandwich"
-    searcher: str = "evolution"
+    searcher: str = "linas"
     evaluations: int = 100
     steps: int = 1000
     batch: int = 64
@@ -112,6 +117,7 @@ class Request:
     size: int = 32
     items: int = 1
     threads: int = 0
+    device: str = "here"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -181,10 +187,14 @@ def search(
     """
     from trimtab.fitting import default_folder
 
-    request = Request(space, model, data, budget or Budget(), **options)
+    request = _request(space, data, model=model, budget=budget, **options)
     named = Path(str(space or model).split(":")[0])
     folder = Path(out) if out is not None else default_folder(f"{named.stem}-search")
     return Search(request, folder, resume, progress or (lambda what, done, total: None)).go()
+
+
+def _request(space: str | None, data: str | None, budget: Budget | None = None, **options: Any) -> Request:
+    return Request(space=space, data=data, budget=budget or Budget(), **options)
 
 
 class Search:
@@ -247,6 +257,23 @@ class Search:
         return self.maker.domain
 
     @cached_property
+    def uniform(self) -> list[Genome]:
+        """Genomes in what is offered whose knobs of a kind all stand alike."""
+        domain = self.offered
+        kinds = sorted({k.kind for k in domain.knobs if len(k.options) > 1})
+        places = [
+            sorted(
+                {p / (len(k.options) - 1) for k in domain.knobs if k.kind == kind for p in range(len(k.options)) if p}
+            )
+            for kind in kinds
+        ]
+        found = set()
+        for drawn in product(*([0.0, *shares] for shares in places)):
+            at = {**dict(zip(kinds, drawn, strict=True))}
+            found.add(domain.canonical(round(at.get(k.kind, 0) * (len(k.options) - 1)) for k in domain.knobs))
+        return sorted(found)
+
+    @cached_property
     def offered(self) -> Domain:
         """What the method makes elastic."""
         return self.domain.within(parse_method(self.request.method).offer(self.domain))  # type: ignore[attr-defined]
@@ -274,7 +301,8 @@ class Search:
         """Scores networks on the search items."""
         from trimtab.engine.jury import Jury
 
-        return Jury(self.task, self.batch("calibration", GATHERED), self.batch("search", SEARCHED))
+        many = self.task.multiple
+        return Jury(self.task, self.batch("calibration", GATHERED * many), self.batch("search", SEARCHED * many))
 
     @cached_property
     def costs(self) -> Costs:
@@ -285,7 +313,8 @@ class Search:
         limits = self.request.limits
         timed = "seconds" in limits or not limits
         threads = self.request.threads or None
-        return Costs(self.maker, inputs, self.task.options, timed, threads, self.progress)
+        device = None if self.request.device == "here" else Path(self.request.device)
+        return Costs(self.maker, inputs, self.task.options, timed, threads, self.progress, device)
 
     def price(self, genomes: Any) -> dict[str, Any]:
         """Costs of genomes in what is offered."""
@@ -296,6 +325,31 @@ class Search:
         """The cost that the front is drawn over."""
         limits = self.request.limits
         return next(iter(limits), "seconds" if self.costs.timed else "flops")
+
+    def described(self) -> str:
+        """What there is to choose, and what it costs, in some twenty lines."""
+        groups: dict[tuple[str, Any, str], list[int]] = {}
+        for i, knob in enumerate(self.domain.knobs):
+            like = re.sub(r"\d+", "*", knob.name)
+            groups.setdefault((like, knob.options, knob.kind), []).append(i)
+        count = self.domain.count()
+        networks = f"{count:,}" if count < 10**12 else f"about 10^{self.domain.log10():.0f}"
+        lines = [f"{self.maker.name}: {networks} networks, {len(self.domain.knobs)} choices"]
+        wide = max(len(like) for like, _, _ in groups)
+        for (like, options, kind), places in list(groups.items())[:LINES]:
+            knobs = [self.domain.knobs[i] for i in places]
+            hangs = sum(bool(k.when) for k in knobs)
+            layers = sum(len(self.costs.hangs.get(i, ())) for i in places)
+            said = [f"{len(knobs)} of them"] if len(knobs) > 1 else []
+            said += [f"{hangs} hang on others"] if hangs else []
+            said += [f"ties {layers} layers" if len(knobs) == 1 else f"tie {layers} layers in all"] if layers else []
+            lines.append(f"  {like:{wide}}  {kind:6}  {' '.join(map(str, options))}  ({', '.join(said)})")
+        if len(groups) > LINES:
+            lines.append(f"  and {len(groups) - LINES} more")
+        lines.append(f"  {'':10}  {'smallest':>10}  {'median':>10}  {'largest':>10}")
+        for name, ends in self.costs.ranges.items():
+            lines.append(f"  {name:10}  " + "  ".join(f"{say_cost(name, v):>10}" for v in ends))
+        return "\n".join(lines)
 
     # ---- the steps
 
@@ -367,6 +421,17 @@ class Search:
             progress=self.progress,
         )
 
+    @cached_property
+    def first(self) -> tuple[Genome, ...]:
+        """Uniform networks that are scored before all others: the largest within the limits, or spread over all."""
+        limits, uniform = self.request.limits, self.uniform
+        prices = self.price(uniform)
+        order = sorted(range(len(uniform)), key=lambda i: -prices[self.main][i])
+        order = [i for i in order if all(prices[n][i] <= limit for n, limit in limits.items())]
+        count = max(1, min(UNIFORM, self.request.evaluations // 4))
+        step = 1 if limits else max(1, len(order) // count)
+        return tuple(uniform[i] for i in order[::step][:count])
+
     def _hunt(self) -> tuple[Trial, ...]:
         from trimtab.engine.hunting import Chase, hunt
 
@@ -385,6 +450,7 @@ class Search:
             request.evaluations,
             seed=request.seed,
             price=self.price,
+            first=self.first,
         )
         done = 0
 
@@ -419,7 +485,7 @@ class Search:
         else:
             best = min(fits, key=lambda t: (t.values["error"], t.values[self.main]))
         limit = {self.main: best.values[self.main]} if request.budget.quality is not None or not limits else limits
-        uniform = self._uniform(limit)
+        uniform = self._uniform(trials, limit)
         return best.genome, {"largest": largest} | ({"uniform": uniform} if uniform is not None else {})
 
     def _kept(self, error: float, whole: float) -> float:
@@ -427,32 +493,18 @@ class Search:
             return self.task.retained(1 - error, 1 - whole)
         return self.task.retained(error, whole)
 
-    def _uniform(self, limits: Mapping[str, float]) -> Genome | None:
-        """The best, on the search items, of the networks within limits whose knobs of a kind all stand alike."""
-        domain = self.offered
-        kinds = sorted({k.kind for k in domain.knobs})
-        shares = [
-            sorted(
-                {p / max(1, len(k.options) - 1) for k in domain.knobs if k.kind == kind for p in range(len(k.options))}
-            )
-            for kind in kinds
-        ]
-        genomes = set()
-        for drawn in product(*shares):
-            at = dict(zip(kinds, drawn, strict=True))
-            genomes.add(domain.canonical(round(at[k.kind] * (len(k.options) - 1)) for k in domain.knobs))
-        listed = sorted(genomes)
-        prices = self.price(listed)
-        fits = [i for i in range(len(listed)) if all(prices[n][i] <= limit for n, limit in limits.items())]
-        fits = sorted(fits, key=lambda i: -prices[self.main][i])[:12]
-        return min((listed[i] for i in fits), key=lambda g: self.jury.of(self.supernet, self.whole(g)), default=None)
+    def _uniform(self, trials: tuple[Trial, ...], limits: Mapping[str, float]) -> Genome | None:
+        """The best uniform network within limits, on the search items."""
+        uniform = set(self.uniform)
+        fits = [t for t in trials if t.genome in uniform and all(t.values[n] <= v for n, v in limits.items())]
+        return min(fits, key=lambda t: t.values["error"]).genome if fits else None
 
     def _judged(self, trials: tuple[Trial, ...], chosen: Genome, others: Mapping[str, Genome]) -> Found:
         from trimtab.engine.measure import peak_bytes
         from trimtab.evidence import machine, versions
         from trimtab.tasks.base import bootstrap
 
-        test = self.batch("test", sys.maxsize >> 1)
+        test = self.batch("test", TESTED * self.task.multiple)
         scores, points = {}, {}
         models = {}
         for name, genome in {"best": chosen, **others}.items():
@@ -628,17 +680,20 @@ class Search:
         return "transformers"
 
 
-def say_cost(name: str, value: float) -> str:
-    """A cost for a reader.
+def describe(
+    space: str | None = None, data: str | None = None, progress: Progress | None = None, **options: Any
+) -> dict[str, Any]:
+    """What there is to choose in a space or a trained model, and what it costs.
 
-    >>> say_cost("seconds", 0.0042), say_cost("flops", 4.2e6), say_cost("bytes", 4.2e6)
-    ('4.2 ms', '4.2 M', '4.2 MB')
+    Returns:
+        `text`, `networks`, `knobs` (name, kind, options, when), and `ranges`: three points of each cost.
+
+    Raises:
+        UserError: see `search`.
     """
-    if name == "seconds":
-        return f"{1000 * value:.3g} ms"
-    if name == "bytes":
-        return say_bytes(value)
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
+    run = Search(_request(space, data, **options), Path("."), False, progress or (lambda what, done, total: None))
+    knobs = [
+        {"name": k.name, "kind": k.kind, "options": list(k.options), "when": [[n, sorted(p)] for n, p in k.when]}
+        for k in run.domain.knobs
+    ]
+    return {"text": run.described(), "networks": run.domain.count(), "knobs": knobs, "ranges": run.costs.ranges}

@@ -54,6 +54,11 @@ def Width(*options: int, name: str = "") -> int:
     return options[_decide("width", _rising("Width", options), name)]
 
 
+def Heads(*options: int, name: str = "") -> int:
+    """A number of attention heads, the first of those of wider attention."""
+    return options[_decide("heads", _rising("Heads", options), name)]
+
+
 def Depth(*options: int, name: str = "") -> Iterator[int]:
     """Goes from 0 to a number of blocks, the shallower network having the first blocks of the deeper."""
     build = _BUILD
@@ -109,7 +114,7 @@ class Build:
         chain = []
         while frame is not None and frame.f_code is not _CALL:
             if frame.f_code.co_filename != __file__:
-                chain.append((frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lasti))
+                chain.append(_site(frame.f_code, frame.f_lasti))
             frame = frame.f_back
         scope = tuple((name, part) for name, part, _ in self.scope)
         key = (scope, hash(tuple(chain)))
@@ -242,10 +247,15 @@ def _name(target: Any) -> str:
     return target.id if isinstance(target, ast.Name) and target.id != "_" else ""
 
 
+@lru_cache(maxsize=65536)
+def _site(code: CodeType, instruction: int) -> tuple[Any, ...]:
+    """Where in the source an instruction stands: its own number changes as Python adapts to what runs often."""
+    return code.co_filename, code.co_qualname, *list(code.co_positions())[instruction // 2]
+
+
 def _label(frame: FrameType) -> str:
     """What a call's value is given to in the source: a variable, an argument; nothing where that cannot be told."""
-    spans = list(frame.f_code.co_positions())
-    line, _, column, _ = spans[frame.f_lasti // 2]
+    _, _, line, _, column, _ = _site(frame.f_code, frame.f_lasti)
     return _given(frame.f_code.co_filename).get((line or 0, column or 0), "")
 
 

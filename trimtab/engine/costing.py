@@ -11,12 +11,17 @@ costs beside its work.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +31,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.core.errors import UserError
+from trimtab.core.journal import write_atomic
 from trimtab.core.knob import Domain, Genome
 from trimtab.engine.elastic import called
-from trimtab.kernels.profile import threads_set, timed
+from trimtab.kernels.profile import cores, machine_name, threads_set, timed
 
 if TYPE_CHECKING:
     from trimtab.engine.elastic import Maker
@@ -124,6 +130,52 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return 0
 
 
+def table_path(threads: int) -> Path:
+    """Where seconds of operations of this machine with so many threads are kept."""
+    said = (machine_name(), cores(), threads, torch.__version__)
+    digest = hashlib.sha256(repr(said).encode()).hexdigest()[:12]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "trimtab" / f"operations-{digest}.json"
+
+
+def table_of(threads: int, file: Path | None = None) -> dict[str, float]:
+    """Seconds of operations that were measured on this machine before.
+
+    Args:
+        file: a table to read in place of the one that is kept.
+
+    Raises:
+        UserError: a file that is no such table, or one of another machine.
+    """
+    path = file or table_path(threads)
+    if not path.is_file():
+        if file is None:
+            return {}
+        raise UserError(f"there is no device profile {file}; `trimtab bench --device-profile SPACE` writes one")
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        found, here = (stored["machine"], stored["threads"]), (machine_name(), threads)
+        seconds = {str(k): float(v) for k, v in stored["seconds"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if file is None:
+            return {}
+        raise UserError(f"{file} is no device profile ({type(error).__name__}: {error})") from error
+    if found != here:
+        raise UserError(
+            f"{path} is of another machine ({found[0]}, {found[1]} threads); this is {here[0]} with {here[1]}: measure "
+            "it with `trimtab bench --device-profile SPACE`"
+        )
+    return seconds
+
+
+def keep(seconds: Mapping[str, float], threads: int) -> Path:
+    """Keep seconds of operations for the next search: whole or not at all."""
+    path = table_path(threads)
+    text = json.dumps({"machine": machine_name(), "threads": threads, "seconds": dict(seconds)})
+    write_atomic(path, lambda p: p.write_text(text, "utf-8"))
+    return path
+
+
 class Costs:
     """What the networks of a domain cost on inputs of given shapes.
 
@@ -133,6 +185,7 @@ class Costs:
         options: of a forward.
         seconds: also measure time here.
         threads: that time is measured with.
+        device: file of a table of operations' seconds; None: the one that is kept for this machine.
         progress: told what is going on.
 
     Raises:
@@ -147,19 +200,22 @@ class Costs:
         seconds: bool = False,
         threads: int | None = None,
         progress: Progress | None = None,
+        device: Path | None = None,
     ) -> None:
         self.maker, self.inputs, self.options = maker, dict(inputs), dict(options or {})
         self.domain: Domain = maker.domain
         self.timed, self.threads = seconds, threads or torch.get_num_threads()
         self.progress = progress or (lambda what, done, total: None)
-        self.measured: dict[Operation, float] = {}
+        self.measured: dict[str, float] = table_of(self.threads, device) if seconds else {}
         self.overhead = (1.0, 0.0)
         self._again: dict[Operation, Any] = {}
         self._followed: dict[Genome, dict[str, np.ndarray]] = {}
         self.exact = True
+        self.hangs: dict[int, set[str]] = defaultdict(set)  # place of a knob -> modules whose cost hangs on it
         self._tabled()
         if seconds:
             self._calibrated()
+            keep(self.measured, self.threads)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,6 +236,7 @@ class Costs:
 
         module = self.maker.build(places)[0].eval()
         recorder = _Recorder()
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is told once, below
         for path, child in module.named_modules():
             parent = path.rpartition(".")[0]
             child.register_forward_pre_hook(lambda *_, p=path: setattr(recorder, "path", p))
@@ -227,15 +284,16 @@ class Costs:
 
     def _seconds(self, operation: Operation) -> float:
         """Seconds of an operation, measured once."""
-        if operation not in self.measured:
+        key = f"{operation.name}{operation.arguments}"
+        if key not in self.measured:
             func, args, kwargs = self._again[operation]
             args, kwargs = torch.utils._pytree.tree_map(
                 lambda v: v.make() if isinstance(v, _Like) else v, (args, kwargs)
             )
             with threads_set(self.threads), torch.no_grad():
-                self.measured[operation] = timed(lambda: func(*args, **kwargs), SECONDS, self.threads)[0]
+                self.measured[key] = timed(lambda: func(*args, **kwargs), SECONDS, self.threads)[0]
             self.progress("measure operations", len(self.measured), len(self._again))
-        return self.measured[operation]
+        return self.measured[key]
 
     # ---- tables
 
@@ -256,6 +314,9 @@ class Costs:
                     for path in before.keys() | after.keys():
                         if not np.array_equal(before.get(path, 0), after.get(path, 0)):
                             hangs[path].add(i)
+        for path, knobs_of in hangs.items():
+            for i in knobs_of:
+                self.hangs[i].add(path)
         paths = {path for costs in self._followed.values() for path in costs}
         groups: dict[tuple[int, ...], set[str]] = defaultdict(set)
         for path in paths:

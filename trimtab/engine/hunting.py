@@ -40,6 +40,7 @@ class Chase:
         evaluations: how many trials there are to be.
         batch: proposals a time; a searcher with predictors fits them once for all.
         stopper: decides after each rung of an evaluation whether it goes on; None: all do.
+        first: genomes that are evaluated before the searcher is asked.
         price, identity: what a searcher may ask for by name, see `Searcher`.
     """
 
@@ -53,6 +54,7 @@ class Chase:
     stopper: Policy | None = None
     price: Callable[[list[Genome]], Mapping[str, Any]] | None = None
     identity: Callable[[Genome], str] | None = None
+    first: tuple[Genome, ...] = ()
 
     def header(self) -> dict[str, Any]:
         """What a journal must agree with."""
@@ -67,6 +69,9 @@ class Chase:
 
     def ask(self, trials: Sequence[Trial], pending: Sequence[Genome], count: int) -> list[Genome]:
         """What the searcher proposes next, given what it asks for by name."""
+        known = {trial.genome for trial in trials} | set(pending)
+        if left := [genome for genome in self.first if genome not in known]:
+            return left[:count]
         hunt = Hunt(self.domain, tuple(trials), self.objectives, self.limits, tuple(pending), self.seed)
         offered = {"rng": Random(f"{self.seed}/{len(trials)}"), "price": self.price, "identity": self.identity}
         return self.searcher.ask(hunt, count, **{name: offered[name] for name in self.searcher.needs()})

@@ -21,7 +21,7 @@ def text_task(data: str | None, length: int) -> tuple[Task, dict[str, Any]]:
 
 
 def image_task(data: str | None, size: int = SIZE) -> tuple[Task, dict[str, Any]]:
-    """A classification's task, and how many channels and classes its images have.
+    """A classification's task, and how many channels, classes and pixels a side its images have.
 
     Args:
         data: as of `tasks.build.task_for`; None: scikit-learn's digits.
@@ -44,4 +44,4 @@ def image_task(data: str | None, size: int = SIZE) -> tuple[Task, dict[str, Any]
     if images.dim() != 4:
         raise UserError(f"{data}: inputs of shape {list(images.shape)} were found; a space takes images [n, c, h, w]")
     classes = 1 + max(int(labels.max()) for _, labels in task.data.values())
-    return task, {"channels": int(images.shape[1]), "classes": classes}
+    return task, {"channels": int(images.shape[1]), "classes": classes, "size": int(images.shape[-1])}
