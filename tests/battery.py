@@ -48,6 +48,7 @@ STATISTICS = {
     "loss": {"weak"},
     "decide": {"rng", "changes"},
     "store": set(),
+    "build": set(),
 }
 
 
