@@ -63,6 +63,7 @@ STATISTICS = {
     "store": set(),
     "ask": {"rng", "price", "identity"},
     "offer": set(),
+    "build": set(),
 }
 
 

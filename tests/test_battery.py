@@ -54,6 +54,7 @@ from trimtab.core.method import (
     FAMILIES,
     VERBS,
     Allocator,
+    Architecture,
     Cacher,
     Elastic,
     Estimator,
@@ -75,7 +76,10 @@ from trimtab.core.table import Row
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 from trimtab.formats.packed import Packed, tensor_names
 
-LEVELLESS = (Allocator, Pricer, Cacher, Merger, Joiner, Objective, Optimiser, Estimator, Policy, Searcher, Elastic)
+LEVELLESS = (
+    *(Allocator, Pricer, Cacher, Merger, Joiner, Objective, Optimiser, Estimator, Policy, Searcher, Elastic),
+    Architecture,
+)
 ENTRIES = 391  # rows of the catalogue of papers
 
 each_method = pytest.mark.parametrize("name", METHODS)

@@ -447,6 +447,21 @@ class Elastic(Method):
         return False
 
 
+class Architecture(Method):
+    """`build(inputs, outputs) -> nn.Module`: a block of a network, for images `[n, inputs, h, w]`.
+
+    It gives `[n, outputs, h', w']`. What comes back is plain torch with random weights: it takes ints and knows neither
+    the method nor a space, so that it can be used alone and be an option of any search. Where the card keeps
+    `mergeable`, its `merged()` gives the smaller module that computes the same once the training is over.
+    """
+
+    verb = "build"
+
+    @abstractmethod
+    def build(self, inputs: int, outputs: int) -> nn.Module:
+        """The block between so many channels."""
+
+
 class Cacher(Method):
     """`store(keys, values) -> Stored`: what a cache keeps of a window of older tokens; sees no model and no queries.
 
@@ -463,7 +478,7 @@ class Cacher(Method):
 
 _VERBS = (
     *(Solver, Rewriter, Merger, Joiner, Allocator, Pricer, Wrapper),
-    *(Optimiser, Estimator, Objective, Policy, Cacher, Searcher, Elastic),
+    *(Optimiser, Estimator, Objective, Policy, Cacher, Searcher, Elastic, Architecture),
 )
 VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in _VERBS}
 

@@ -1,0 +1,1 @@
+"""Blocks of papers on architectures, plain torch modules, a paper a file."""
