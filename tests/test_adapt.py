@@ -107,7 +107,7 @@ def test_a_fitted_base_stays_packed(tiny: str, data: Path, tmp_path: Path) -> No
     attach(open_source(tiny).materialise(), made.folder, open_source(tiny).hash, force=True)
 
 
-@pytest.mark.parametrize("method", ["peqa", "l4q(rank=4)"])
+@pytest.mark.parametrize("method", ["peqa", "l4q(rank=4)", "aqt(inputs=16)"])
 def test_a_fitted_base_is_trained_on_its_grid_and_stays_packed(
     tiny: str, method: str, data: Path, tmp_path: Path
 ) -> None:

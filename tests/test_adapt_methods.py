@@ -10,6 +10,7 @@ import torch
 from battery import METHODS, seeded
 from torch import Tensor, nn
 
+from trimtab.adapt.aqt import AQT
 from trimtab.adapt.bi_lora import BiLoRA
 from trimtab.adapt.lora import LoRA
 from trimtab.adapt.lora_ga import LoRAGA
@@ -24,12 +25,13 @@ from trimtab.core.method import Wrapper
 from trimtab.engine.run import PackedLinear
 from trimtab.parts.frozen import Frozen
 from trimtab.parts.shared import Shared
+from trimtab.parts.trained_grid import rounded_rows
 from trimtab.quant.rtn import RTN
 
 ALL = {name: cls for name, cls in METHODS.items() if issubclass(cls, Wrapper) and cls.family() == "adapt"}
 WRAPPERS = {name: cls for name, cls in ALL.items() if "linear" in cls.card.kinds}
 each = pytest.mark.parametrize("name", WRAPPERS)
-GRID = {"peqa", "l4q"}
+GRID = {"peqa", "l4q", "aqt"}
 ROUNDED = GRID | {"bi-lora"}  # flat between steps: their gradient passes the rounding by, and has tests of its own
 
 
@@ -240,11 +242,12 @@ def test_a_trained_grid_is_what_is_packed_bit_for_bit(name: str, place: str) -> 
     disturb(out)
     packed = out.packed()
     assert packed.nbytes == packed.level.bytes(packed.shape) and packed.flaw() is None
-    assert torch.equal(PackedLinear(packed, out.bias)(x), out(x))
+    assert torch.equal(PackedLinear(packed, out.bias)(rounded_rows(x, out.inputs)), out(x))
     if place == "packed":
         assert packed.level == Int(4, 32)
         start = WRAPPERS[name]().wrap(out.base, Int(2, 8), **({"rng": seeded(5)} if name == "l4q" else {}))
-        assert torch.equal(start(x), out.base(x)), "a packed matrix is what it was until it is trained"
+        same = torch.equal(start(x), out.base(rounded_rows(x, start.inputs)))
+        assert same, "a packed matrix is what it was until it is trained"
 
 
 def test_peqa_keeps_the_codes_and_its_gradient_is_the_scales() -> None:
@@ -275,6 +278,41 @@ def test_l4q_has_the_gradients_of_a_learned_step() -> None:
     nn.functional.linear(x, weight, out.bias).square().sum().backward()
     for ours, plain in ((out.a, a), (out.b, b), (out.gain, gain)):
         assert torch.allclose(ours.grad, plain.grad, rtol=1e-3, atol=1e-3 * float(plain.grad.abs().max()))
+
+
+def test_the_gradient_goes_past_both_roundings_and_scales_follow_their_weights() -> None:
+    layer, x = nn.Linear(64, 16, bias=False), torch.randn(6, 64, generator=seeded(0), requires_grad=True)
+    frame = AQT(inputs=3).wrap(layer, parse_level("4b/g32/sym"))
+    (frame(x).square().sum()).backward()
+    plain = rounded_rows(x.detach(), 3).requires_grad_(True)
+    weight = frame.packed().dense().requires_grad_(True)
+    nn.functional.linear(plain, weight).square().sum().backward()
+    assert torch.allclose(frame.b.grad, weight.grad, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(x.grad, plain.grad, rtol=1e-4, atol=1e-4)
+    was = frame.packed()
+    with torch.no_grad():
+        frame.b[3, 40] = 10 * layer.weight.abs().max()
+    now, moved = frame.packed(), torch.zeros(16, 2, dtype=torch.bool)
+    moved[3, 1] = True
+    assert torch.equal(was.tensors["scale"] != now.tensors["scale"], moved)
+    below = layer.weight + frame.b
+    assert bool(((now.dense() - below).abs() <= 0.51 * now.tensors["scale"].float().repeat_interleave(32, 1)).all())
+    fresh = RTN().solve(below.detach(), parse_level("4b/g32/sym")).tensors["scale"].float()
+    assert torch.allclose(now.tensors["scale"].float(), fresh, rtol=2e-3), "they are those of a grid made anew"
+
+
+def test_inputs_are_rounded_row_by_row_and_positive_ones_with_all_codes() -> None:
+    x = torch.randn(5, 64, generator=seeded(1))
+    for bits in (2, 4, 8):
+        row = rounded_rows(x, bits)
+        assert max(len(r.unique()) for r in row) <= (1 << bits) - 1
+        assert bool(((row - x).abs().amax(1) <= x.abs().amax(1) / ((1 << bits) - 2) * 1.001).all())
+        assert float((rounded_rows(x.relu(), bits) - x.relu()).abs().max()) < float((row - x).abs().max())
+    assert rounded_rows(x, 0) is x and rounded_rows(x, 16) is x
+    zeros = torch.zeros(2, 4)
+    assert torch.equal(rounded_rows(zeros, 4), zeros)
+    with pytest.raises(UserError, match="inputs=9"):
+        AQT(inputs=9).wrap(nn.Linear(8, 8), Int(4, None))
 
 
 def test_scales_that_are_no_16_bit_numbers_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from battery import seeded
@@ -9,13 +11,15 @@ from test_structure import filled, gpt2, llama, vit
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.level import Int
+from trimtab.core.level import Int, parse_level
 from trimtab.engine.run import PackedLinear
 from trimtab.parts.cross_entropy import chunked_cross_entropy
 from trimtab.parts.frozen import Frozen, product
 from trimtab.parts.lowrank_delta import LowRank
 from trimtab.parts.norms import rms_norm, rms_norms
 from trimtab.parts.saving import CODECS, Saver, decode, encode
+from trimtab.prune.magnitude import Magnitude
+from trimtab.quant.blockformat import BlockFormat
 from trimtab.quant.rtn import RTN
 
 BIG = (256, 128)  # more elements than what is always kept
@@ -194,6 +198,26 @@ def test_chunked_cross_entropy_is_the_plain_one_and_keeps_no_logits(monkeypatch:
     for a, b in zip(torch.autograd.grad(ours, (hidden, weight, bias)), wanted, strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm()
     assert abs(float(ours.detach() - plain.detach())) < 1e-5
+
+
+@pytest.mark.parametrize("level", ["4b/g16", "8b/row/sym", "mxfp4", "50%"])
+def test_chunked_cross_entropy_over_a_packed_head_is_the_plain_one(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.parts.cross_entropy.AT_ONCE", 2000)
+    weight = torch.randn(500, 32, generator=seeded(0))
+    solver: Any = Magnitude() if level == "50%" else BlockFormat() if level == "mxfp4" else RTN()
+    packed, bias = solver.solve(weight, parse_level(level)), torch.randn(500, generator=seeded(1))
+    hidden = torch.randn(90, 32, generator=seeded(2), requires_grad=True)
+    labels = torch.randint(0, 500, (90,), generator=seeded(3))
+    for ignored in (False, True):
+        labels[::7] = -100 if ignored else labels[::7]
+        plain = nn.functional.cross_entropy(hidden @ packed.dense().T + bias, labels)
+        (wanted,) = torch.autograd.grad(plain, hidden)
+        with Saver() as saver:
+            ours = chunked_cross_entropy(hidden, packed, bias, labels)
+        assert saver.held < 90 * 500, "neither logits nor the head"
+        assert abs(float(ours.detach() - plain.detach())) < 1e-5
+        (found,) = torch.autograd.grad(2 * ours, hidden)
+        assert (found / 2 - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 def test_rms_norms_are_told_by_what_they_compute_and_give_the_same_gradients() -> None:

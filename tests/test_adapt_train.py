@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from trimtab.adapt.lora import LoRA
 from trimtab.core.errors import UserError
-from trimtab.core.level import Rank
+from trimtab.core.level import Int, Rank
+from trimtab.engine.run import PackedLinear
 from trimtab.engine.train import LOG, Recipe, order, train
 from trimtab.formats.checkpoint import Checkpoint
 from trimtab.models.source import open_source
+from trimtab.quant.rtn import RTN
 from trimtab.tasks.examples import read_examples, split_examples, windows
 from trimtab.tasks.training import Prediction
 
@@ -143,6 +145,12 @@ def test_the_chunked_loss_is_believed_only_where_it_is_the_plain_one() -> None:
         assert loss.lean and count == 24
         plain = model(input_ids=tokens, labels=tokens).loss
         assert torch.allclose(value / count, plain, rtol=1e-5)
+    packed = filled(lambda: llama(2))
+    tokens = torch.randint(0, packed.config.vocab_size, (3, 9), generator=seeded(1))
+    packed.lm_head = PackedLinear(RTN().solve(packed.lm_head.weight.detach(), Int(4, 16)), None)
+    loss = Prediction({"input_ids": tokens}, tokens)
+    value, count = loss(packed, torch.arange(3))
+    assert loss.lean and torch.allclose(value / count, packed(input_ids=tokens, labels=tokens).loss, rtol=1e-5)
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda m, a, out: out.tanh())
     capped = Prediction({"input_ids": tokens}, tokens)

@@ -8,6 +8,7 @@ The base may be a model or an artifact of a fit, whose linears then stay packed.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -49,6 +50,8 @@ class Asked:
     length: int
     pack: bool
     skip_bad: bool
+    fresh_head: bool
+    seed: int
 
     def recipe(self) -> Recipe:
         """The training's recipe, before a memory budget changes it."""
@@ -72,6 +75,7 @@ class Request(Asked):
         memory: most memory of the process; None: no limit.
         length: tokens of a window.
         pack, skip_bad: see `tasks.examples`.
+        fresh_head: of a classifier: forget the classes that it knows, and train a head for the data's.
         dtype: what the frozen weights are held and computed in: `fp32` or `bf16`; what is trained is fp32.
         steps, batch, rate, decay, every, seed: see `engine.train.Recipe`.
     """
@@ -85,6 +89,7 @@ class Request(Asked):
     length: int = 256
     pack: bool = True
     skip_bad: bool = False
+    fresh_head: bool = False
     dtype: str = "fp32"
     steps: int = 100
     batch: int = 4
@@ -116,7 +121,7 @@ class Adapted:
 @dataclass
 class Base:
     """A model to adapt: its weights in memory or packed, its sites and blocks, tokenizer and task; an artifact's
-    folder.
+    folder; path and classes of a fresh head.
     """
 
     name: str
@@ -130,6 +135,8 @@ class Base:
     context: int | None = None
     blocks: tuple[str, ...] = ()
     folder: Path | None = None
+    head: str | None = None
+    classes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -253,7 +260,9 @@ def _one(config: Mapping[str, Any], task: str) -> dict[str, Tensor]:
     if task != "classification":
         return {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
     size = config.get("image_size", 16)
-    return {"pixel_values": torch.zeros(1, config.get("num_channels", config.get("channels", 3)), size, size)}
+    names = ("num_channels", "channels", "image_channels")
+    channels = next((config[name] for name in names if name in config), 3)
+    return {"pixel_values": torch.zeros(1, channels, size, size)}
 
 
 def chosen_sites(base: Base, targets: Sequence[str], chosen: Wrapper) -> list[Site]:
@@ -307,6 +316,8 @@ def material(base: Base, request: Asked) -> Material:
 
     if base.task == "classification":
         return _labelled(base, request)
+    if request.fresh_head:
+        raise UserError(f"a fresh head was asked for, and {base.name} is for {base.task}; classifiers can be given one")
     if base.task != "causal-lm":
         raise UserError(f"{base.name} is for {base.task}; causal language models and classifiers can be trained")
     if request.data is None:
@@ -344,15 +355,21 @@ def _known_tokens(base: Base, tokens: Tensor) -> None:
 
 
 def _labelled(base: Base, request: Asked) -> Material:
+    from trimtab.models.head import give_head
     from trimtab.tasks.build import task_for
     from trimtab.tasks.training import Prediction
 
     if base.source is None:
         raise UserError(f"{base.name} is an artifact of a classifier; adapt the original, then fit it")
-    task = task_for(base.source, request.data)
+    task = task_for(base.source, request.data, fresh_head=request.fresh_head)
+    notes = []
+    if request.fresh_head:
+        base.classes = task.names  # type: ignore[attr-defined]
+        base.head = give_head(base.model, base.sites, base.classes, request.seed)
+        notes.append(f"the head is fresh, of {len(base.classes)} classes: before it was trained it knew none of them")
     train, apart = task.batch("calibration", 1 << 30, 0), task.batch("test", 1 << 30, 0)
     digest = task.data_hash()
-    return Material(Prediction(train.inputs, train.labels), apart, task, digest)
+    return Material(Prediction(train.inputs, train.labels), apart, task, digest, notes)
 
 
 # ---- statistics
@@ -480,9 +497,10 @@ class _Job:
             state = 3 * sum(p.nbytes for p in trained)  # gradients and both moments
             recipe, plan = within(parse_bytes(request.memory, "memory"), base.model, data, recipe, trained, state)
         optimiser = torch.optim.AdamW(trained, lr=request.rate, weight_decay=request.decay, fused=True)
-        identity = {
+        identity: dict[str, Any] = {
             **{"model": request.model, "hash": base.hash, "data": data.hash, "method": name, "level": request.level},
             **{"sites": [s.path for s in sites], "length": request.length, "dtype": request.dtype},
+            **({"classes": list(base.classes)} if base.head else {}),
         }
         done = train(
             *(base.model, data.train, len(data.train), recipe, optimiser, self.out),
@@ -491,7 +509,15 @@ class _Job:
             progress=self.progress,
         )
         after = scored(base.model, data)
-        about = {"method": name, "level": request.level, "hash": base.hash, "base": request.model, "data": data.hash}
+        about: dict[str, Any] = {
+            "method": name,
+            "level": request.level,
+            "hash": base.hash,
+            "base": request.model,
+            "data": data.hash,
+        }
+        if base.head:
+            about |= {"head": base.head, "classes": list(base.classes)}
         from trimtab.models.adapter import frames, write_adapter, write_merged
         from trimtab.parts.trained_grid import OnGrid
 
@@ -505,7 +531,7 @@ class _Job:
             **{"model": request.model, "task": data.task.name, "method": name, "level": request.level},
             **{"sites": [s.path for s in sites], "trained": numbers, "trained_bytes": 4 * numbers},
             **{"items": len(data.train), "held_out": len(data.apart), "steps": recipe.steps},
-            **{"recipe": asdict(recipe), "memory": plan, "notes": data.notes},
+            **{"recipe": asdict(recipe), "memory": plan, "notes": data.notes, "classes": list(base.classes) or None},
             **compared(data, before, after),
             **{"adapter": str(folder), "adapter_bytes": size, "artifact": artifact, "saved_bytes": done.saved_bytes},
             **{"peak_bytes": peak_bytes(), "loss": done.log[-1]["loss"] if done.log else None},
@@ -539,6 +565,8 @@ class _Job:
             chosen: Wrapper = parse_method(name)  # type: ignore[assignment]
             sites = chosen_sites(base, self.request.targets, chosen)
             originals = {s.path: base.model.get_submodule(s.path) for s in sites}
+            if base.head:
+                originals[base.head] = copy.deepcopy(base.model.get_submodule(base.head))
             try:
                 wrap_all(base, judged, sites, chosen, parse_level(self.request.level), self.request.seed)
                 trained = [p for p in base.model.parameters() if p.requires_grad]
@@ -560,7 +588,7 @@ class _Job:
 
 
 def wrap_all(base: Base, data: Material, sites: Sequence[Site], chosen: Wrapper, level: Level, seed: int) -> None:
-    """Put a method onto the sites of a model, in place.
+    """Put a method onto the sites of a model, in place; a fresh head is trained beside it.
 
     Raises:
         UserError: the level does not fit a site, which the message names.
@@ -577,6 +605,8 @@ def wrap_all(base: Base, data: Material, sites: Sequence[Site], chosen: Wrapper,
             raise UserError(f"{site.path}: {error}") from error
     for path, module in made.items():
         base.model.set_submodule(path, module)
+    if base.head:
+        base.model.get_submodule(base.head).requires_grad_(True)
 
 
 def scored(model: nn.Module, data: Material) -> Scores:

@@ -51,6 +51,7 @@ class Request(Asked):
         memory: most memory of the process; None: no limit.
         length: tokens of a window.
         pack, skip_bad: see `tasks.examples`.
+        fresh_head: of a classifier: forget the classes that it knows, and train a head for the data's.
         steps, batch, rate, decay, every, seed: see `engine.train.Recipe`.
     """
 
@@ -66,6 +67,7 @@ class Request(Asked):
     length: int = 256
     pack: bool = True
     skip_bad: bool = False
+    fresh_head: bool = False
     steps: int = 100
     batch: int = 4
     rate: float = 1e-3
@@ -168,7 +170,7 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     optimiser = Stepping(trained, rule, request.rate, request.decay, request.seed, held, means)
     policy = request.part("freeze")
     freezing = policy and Freezing(base.model, blocks_of(base), policy, optimiser, recipe.steps, request.seed)
-    asked = ("model", "optimizer", "gradient", "freeze", "form", "level", "fresh", "length")
+    asked = ("model", "optimizer", "gradient", "freeze", "form", "level", "fresh", "fresh_head", "length")
     done = loop(
         *(base.model, data.train, len(data.train), recipe, optimiser, out),
         gradient=request.part("gradient"),
@@ -191,7 +193,7 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
         **{"task": data.task.name, "trained": sum(p.numel() for p in trained)},
         **{"state_bytes": optimiser.state_bytes(), "weight_bytes": weights},
         **{"items": len(data.train), "held_out": len(data.apart), "steps": recipe.steps},
-        **{"recipe": asdict(recipe), "memory": plan, "notes": data.notes},
+        **{"recipe": asdict(recipe), "memory": plan, "notes": data.notes, "classes": list(base.classes) or None},
         **compared(data, before, after),
         **{"folder": str(folder), "bytes": size, "saved_bytes": done.saved_bytes, "peak_bytes": peak_bytes()},
         **{"loss": done.log[-1]["loss"] if done.log else None, "seconds": time.perf_counter() - started},

@@ -28,6 +28,9 @@ def command(
     length: Annotated[int, typer.Option(min=8, max=1_048_576, help="tokens in a window")] = 256,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="several examples in a window")] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad lines out and count them")] = False,
+    fresh_head: Annotated[
+        bool, typer.Option("--fresh-head", help="a classifier's head for the data's classes")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="of the frozen weights: fp32 or bf16")] = "fp32",
     every: Annotated[int, typer.Option(min=0, help="steps between two checkpoints; 0: one at the end")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the run; by default runs/<model>-adapted")] = None,
@@ -41,7 +44,7 @@ def command(
 
     asked: dict[str, Any] = {
         **{"memory": memory, "steps": steps, "batch": batch, "rate": rate, "length": length, "pack": pack},
-        **{"skip_bad": skip_bad, "dtype": dtype, "every": every, "seed": seed},
+        **{"skip_bad": skip_bad, "fresh_head": fresh_head, "dtype": dtype, "every": every, "seed": seed},
         "targets": tuple(t.strip() for t in targets.split(",") if t.strip()),
     }
     with o.progress(quiet or json) as tell:

@@ -31,6 +31,9 @@ def command(
     length: Annotated[int, typer.Option(min=8, max=1_048_576, help="tokens in a window")] = 256,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="several examples in a window")] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave bad lines out and count them")] = False,
+    fresh_head: Annotated[
+        bool, typer.Option("--fresh-head", help="a classifier's head for the data's classes")
+    ] = False,
     every: Annotated[int, typer.Option(min=0, help="steps between two checkpoints; 0: one at the end")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the run; by default runs/<model>-trained")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
@@ -45,7 +48,7 @@ def command(
         **{"optimizer": optimizer, "gradient": gradient, "freeze": freeze, "form": form},
         **{"level": f"r{rank}", "fresh": fresh, "memory": memory},
         **{"steps": steps, "batch": batch, "rate": rate, "decay": decay, "length": length, "pack": pack},
-        **{"skip_bad": skip_bad, "every": every, "seed": seed},
+        **{"skip_bad": skip_bad, "fresh_head": fresh_head, "every": every, "seed": seed},
     }
     with o.progress(quiet or json) as tell:
         found = train(model, data, out=out, resume=resume, progress=tell, **asked).report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,14 @@ class Adapter:
         name: where it came from.
         config: its configuration.
         lengths: path -> lengths `[out]` that the rows of the sum are scaled to, of DoRA.
+        whole: path of a module that was trained whole, as a fresh head is -> its tensors by name.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     name: str
     config: dict[str, Any]
     lengths: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -43,11 +46,12 @@ class Adapter:
         return max(len(down) for down, _ in self.factors.values())
 
 
-def read_adapter(folder: Path | str, dora: bool = False) -> Adapter:
+def read_adapter(folder: Path | str, dora: bool = False, whole: bool = False) -> Adapter:
     """A LoRA adapter of PEFT, `W + scale * B A` with scale alpha / r, or alpha / sqrt(r) of rank-stabilised ones.
 
     Args:
         dora: take lengths of rows as well, which are more than a correction that is added.
+        whole: take modules that were trained whole as well.
 
     Raises:
         UserError: it is no adapter, damaged, holds NaN, or is more than a low-rank correction of linears.
@@ -55,14 +59,20 @@ def read_adapter(folder: Path | str, dora: bool = False) -> Adapter:
     from trimtab.formats.checkpoint import Checkpoint
 
     folder = Path(folder).expanduser()
-    config = _config(folder, dora)
+    config = _config(folder, [name for name, taken in (("use_dora", dora), ("modules_to_save", whole)) if taken])
     checkpoint = Checkpoint(folder / WEIGHTS)
     checkpoint.check_finite()
     halves: dict[str, dict[str, Tensor]] = {}
     lengths: dict[str, Tensor] = {}
+    saved = tuple(config.get("modules_to_save") or ())
+    modules: dict[str, dict[str, Tensor]] = {}
     for name in checkpoint.names():
         if dora and name.endswith(LENGTHS):
             lengths[name.removeprefix(PREFIX).removesuffix(LENGTHS)] = checkpoint.read(name).float()
+            continue
+        path, _, parameter = name.removeprefix(PREFIX).rpartition(".")
+        if path.endswith(saved):
+            modules.setdefault(path, {})[parameter] = checkpoint.read(name)
             continue
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
         if found is None:
@@ -78,10 +88,10 @@ def read_adapter(folder: Path | str, dora: bool = False) -> Adapter:
         if down is None or up is None or down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
             raise UserError(f"{folder} is damaged: the factors of {path} do not fit together; download it again")
         factors[path] = down, up * _scale(config, path, len(down))
-    return Adapter(factors, str(folder), config, lengths)
+    return Adapter(factors, str(folder), config, lengths, modules)
 
 
-def _config(folder: Path, dora: bool) -> dict[str, Any]:
+def _config(folder: Path, taken: Collection[str]) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} is no adapter: it needs {CONFIG} and {WEIGHTS}, as PEFT saves them")
@@ -93,7 +103,7 @@ def _config(folder: Path, dora: bool) -> dict[str, Any]:
     if not sound or str(config.get("peft_type")).upper() != "LORA":
         raise UserError(f"{folder} is an adapter of type {config.get('peft_type') if sound else '?'}; LORA runs here")
     for key, plain in PLAIN.items():
-        if key == "use_dora" and dora:
+        if key in taken:
             continue
         if config.get(key, plain) not in (plain, None, []):
             raise UserError(

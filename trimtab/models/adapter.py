@@ -8,6 +8,8 @@ A folder holds `trimtab_adapter.json` (method, level, the base's hash, the adapt
   Trained columns are a pair too: A picks them, B is their change;
 - `delta.safetensors`: `<path>/<name>` for every trained or drawn tensor of the method's module.
 
+A fresh head is there whole, in PEFT's format as one of `modules_to_save`: `base_model.model.<path>.weight` and `bias`.
+
 Nothing of it is code, and nothing is unpickled.
 """
 
@@ -95,12 +97,14 @@ def write_adapter(folder: Path, model: nn.Module, about: Mapping[str, Any], base
     """Write a model's adapters: all or nothing; their bytes on disk.
 
     Args:
-        about: method, level, the base's hash.
+        about: method, level, the base's hash; path and classes of a fresh head, if there is one.
         base: the name that PEFT is to load the base under.
     """
     found = frames(model)
     pairs = {path: frame.factored() for path, frame in found.items()}
     ranks = {path: len(pair[0]) for path, pair in pairs.items() if pair is not None}
+    head = about.get("head")
+    whole = dict(model.get_submodule(head).named_parameters()) if head else {}
     temporary = folder.with_name(f".{folder.name}.part")
     with writing(folder):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,11 +112,15 @@ def write_adapter(folder: Path, model: nn.Module, about: Mapping[str, Any], base
         try:
             if len(ranks) == len(found):
                 lengths = any(pair is not None and pair[2] is not None for pair in pairs.values())
-                config = _config(model, found, ranks, lengths, base, task)
+                config = _config(model, found, ranks, lengths, base, task) | {
+                    "modules_to_save": [head] if head else None
+                }
                 write_atomic(temporary / CONFIG, lambda p: p.write_text(json.dumps(config, indent=2), "utf-8"))
-                write_safetensors(dict(_peft(pairs)), temporary / WEIGHTS)
+                own = {f"{PREFIX}{head}.{name}": value.detach() for name, value in whole.items()}
+                write_safetensors(dict(_peft(pairs)) | own, temporary / WEIGHTS)
             else:
-                write_safetensors(dict(_plain(found)), temporary / DELTA)
+                own = {f"{head}/{name}": value.detach() for name, value in whole.items()}
+                write_safetensors(dict(_plain(found)) | own, temporary / DELTA)
             entry = {"format": FORMAT, **about, "sites": list(found), "peft": len(ranks) == len(found)}
             entry["shapes"] = [[frame.out_features, frame.in_features] for frame in found.values()]
             write_atomic(temporary / ABOUT, lambda p: p.write_text(json.dumps(entry, indent=1), "utf-8"))
@@ -214,7 +222,9 @@ def attach(model: nn.Module, folder: Path, base_hash: str | None = None, force: 
 
 
 def _attach_pair(model: nn.Module, folder: Path) -> nn.Module:
-    adapter = read_adapter(folder, dora=True)
+    adapter = read_adapter(folder, dora=True, whole=True)
+    for path, tensors in adapter.whole.items():
+        _put_head(model, path, tensors, folder)
     for path, (a, b) in adapter.factors.items():
         module = _module(model, path, folder)
         base = Frozen(module)
@@ -228,6 +238,18 @@ def _attach_pair(model: nn.Module, folder: Path) -> nn.Module:
             frame.magnitude.data.copy_(adapter.lengths[path])
         model.set_submodule(path, frame)
     return model
+
+
+def _put_head(model: nn.Module, path: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Put a linear that was trained whole in the place of a model's."""
+    old, weight = _module(model, path, folder), tensors.get("weight")
+    if weight is None or weight.ndim != 2 or not isinstance(old, nn.Linear) or weight.shape[1] != old.in_features:
+        raise UserError(
+            f"{folder} replaces {path}, which is no linear of that many inputs here: it is of another model"
+        )
+    head = nn.Linear(old.in_features, len(weight), "bias" in tensors, dtype=weight.dtype)
+    head.load_state_dict(dict(tensors))
+    model.set_submodule(path, head)
 
 
 def _attach_delta(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> nn.Module:
@@ -249,6 +271,9 @@ def _attach_delta(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> n
         if unknown:
             raise UserError(f"{folder} holds {unknown[0]} for {path}, which {about['method']} does not know")
         model.set_submodule(path, frame)
+    if head := about.get("head"):
+        tensors = {n.rpartition("/")[2]: file.read(n) for n in file.names() if n.startswith(f"{head}/")}
+        _put_head(model, head, tensors, folder)
     return model
 
 

@@ -1,8 +1,13 @@
-"""Cross-entropy over a large vocabulary in chunks: the logits are never there all at once, nor kept."""
+"""Cross-entropy over a large vocabulary in chunks: the logits are never there all at once, nor kept.
+
+A dense head goes through the rows of the inputs in chunks. A packed one goes through its own rows, so that each is
+unpacked but twice however many inputs there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,8 +15,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from trimtab.core.level import rows_cols
+from trimtab.formats.packed import Packed
+
 IGNORED = -100
 CHUNK = 1 << 25  # bytes of logits at a time: fewer rows make a product slower
+AT_ONCE = 1 << 22  # weights of a packed head that are unpacked together, 16 MB
 
 
 class _ChunkedCrossEntropy(Function):
@@ -53,31 +62,76 @@ class _ChunkedCrossEntropy(Function):
             if g is not None:
                 g.div_(n)
         ctx.shape = hidden.shape
-        whole = bool(keep.all())
-        ctx.save_for_backward(g_x, g_w, g_b, None if whole else keep)
+        ctx.save_for_backward(g_x, g_w, g_b, None if bool(keep.all()) else keep)
         return total / n
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         g_x, g_w, g_b, keep = ctx.saved_tensors
-        if g_x is not None:
-            if keep is not None:
-                spread = g_x.new_zeros(ctx.shape)
-                spread[keep] = g_x
-                g_x = spread
-            g_x = (g_x * grad.to(g_x.dtype)).view(ctx.shape)
+        g_x = None if g_x is None else _spread(g_x * grad.to(g_x.dtype), keep, ctx.shape)
         return g_x, *(None if g is None else g * grad.to(g.dtype) for g in (g_w, g_b)), None, None
 
 
+def _spread(rows: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
+    """The rows at their places among those that count for nothing."""
+    if keep is None:
+        return rows.view(shape)
+    whole = rows.new_zeros(shape)
+    whole[keep] = rows
+    return whole
+
+
+class _PackedCrossEntropy(Function):
+    """The sum of the exponentials in a first pass over the head's rows, the gradient of the inputs in a second one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Packed, bias: Tensor | None, labels: Tensor, count: int | Tensor | None
+    ) -> Tensor:
+        keep = labels != IGNORED
+        rows, wanted = hidden[keep], labels[keep]
+        n = len(wanted) if count is None else count
+        most = CHUNK // (4 * max(1, len(rows))) * rows_cols(head.shape)[1]
+
+        def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+            """Some rows of the head, the logits that they give, which labels are among them, and their places."""
+            for first, part in head.parts(min(AT_ONCE, most)):
+                weight, here = part.to(rows.dtype), (wanted >= first) & (wanted < first + len(part))
+                shift = None if bias is None else bias[first : first + len(part)].to(rows.dtype)
+                logits = torch.nn.functional.linear(rows, weight, shift).float()
+                yield weight, logits, here, wanted[here] - first
+
+        sums, chosen = rows.new_full((len(rows),), -math.inf, dtype=torch.float32), rows.new_zeros(len(rows)).float()
+        for _, logits, here, place in parts():
+            sums = torch.logaddexp(sums, logits.logsumexp(1))
+            chosen[here] = logits[here, place]
+        g_x = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
+        if g_x is not None:
+            for weight, logits, here, place in parts():
+                shares = logits.sub_(sums[:, None]).exp_()
+                shares[here, place] -= 1
+                g_x.addmm_(shares.to(rows.dtype), weight)
+            g_x.div_(n)
+        ctx.shape = hidden.shape
+        ctx.save_for_backward(g_x, None if bool(keep.all()) else keep)
+        return (sums - chosen).sum() / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        g_x, keep = ctx.saved_tensors
+        return _spread(g_x * grad.to(g_x.dtype), keep, ctx.shape), None, None, None, None
+
+
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, count: int | Tensor | None = None
+    hidden: Tensor, weight: Tensor | Packed, bias: Tensor | None, labels: Tensor, count: int | Tensor | None = None
 ) -> Tensor:
     """Mean negative log-likelihood of `labels` under the logits `hidden W^T + bias`.
 
     Args:
         hidden: `[n, width]`.
-        weight: `[vocabulary, width]`; trained ones get their gradient too.
+        weight: `[vocabulary, width]`; trained ones get their gradient too, packed ones and their bias have none.
         labels: `[n]`, -100 where nothing is to be predicted.
         count: what the sum is divided by; None: the labels that count.
 
@@ -86,5 +140,6 @@ def chunked_cross_entropy(
     >>> bool((chunked_cross_entropy(h, w, None, y) - plain).abs() < 1e-6)
     True
     """
-    call: Callable[..., Tensor] = _ChunkedCrossEntropy.apply
+    function = _PackedCrossEntropy if isinstance(weight, Packed) else _ChunkedCrossEntropy
+    call: Callable[..., Tensor] = function.apply
     return call(hidden, weight, bias, labels, count)

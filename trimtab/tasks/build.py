@@ -10,7 +10,7 @@ from trimtab.core.errors import UserError
 from trimtab.tasks.base import Task
 from trimtab.tasks.causal_lm import CausalLM, Embedding, MaskedLM
 from trimtab.tasks.classification import Classification
-from trimtab.tasks.pictures import read_pictures
+from trimtab.tasks.pictures import folders, read_pictures
 
 if TYPE_CHECKING:
     from trimtab.models.source import Source
@@ -20,7 +20,7 @@ SHARES = {"calibration": 0.6, "search": 0.2, "test": 0.2}  # of the user's own t
 WINDOWS = {"calibration": 512, "search": 256, "test": 1024}  # at most so many are cut
 
 
-def task_for(source: Source, data: str | None = None, length: int = 256) -> Task:
+def task_for(source: Source, data: str | None = None, length: int = 256, fresh_head: bool = False) -> Task:
     """The task of a model on the user's data; without data on text that Python brings along, or on the data of a
     pocket model.
 
@@ -28,12 +28,13 @@ def task_for(source: Source, data: str | None = None, length: int = 256) -> Task
         data: text file (`.txt`, `.md`, `.py`, ... or `.jsonl` with a `text` field), `.npz` with `images` and `labels`,
             a folder with one folder of images a class, or `module:function` that returns {split: (inputs, labels)}.
         length: tokens in a window of text.
+        fresh_head: the classes are the data's, whatever a classifier knows: its folders, or numbers from 0.
 
     Raises:
         UserError: the data are missing, empty, binary, too short, or of another kind than the model wants.
     """
     if source.task == "classification":
-        return Classification(_classes(source, data))
+        return _classes(source, data, fresh_head)
     tokenizer = source.tokenizer()
     limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or length
     length = min(length, int(limit))
@@ -109,7 +110,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _classes(source: Source, data: str | None) -> dict[str, Any]:
+def _classes(source: Source, data: str | None, fresh: bool) -> Classification:
     import torch
 
     from trimtab.models.pocket import POCKET
@@ -126,30 +127,33 @@ def _classes(source: Source, data: str | None) -> dict[str, Any]:
         pairs = {
             ours: digits(theirs) for ours, theirs in (("calibration", "train"), ("search", "search"), ("test", "test"))
         }
-        return {split: ({key: images}, labels) for split, (images, labels) in pairs.items()}
+        own = {split: ({key: images}, labels) for split, (images, labels) in pairs.items()}
+        return _named(own) if fresh else Classification(own)
     if ":" in data and not Path(data).exists():
         from trimtab.models.source import call_entry
 
         made = call_entry(data)
         if not isinstance(made, dict) or set(SPLITS) - set(made):
             raise UserError(f"{data} must return a dict with the splits {', '.join(SPLITS)}, each (inputs, labels)")
-        return _checked({s: made[s] for s in SPLITS}, key, source, data)
+        return _checked({s: made[s] for s in SPLITS}, key, source, data, fresh)
     path = Path(data).expanduser()
     if not path.exists():
         raise UserError(
             f"there is no data file {path}; give an .npz with arrays `images` and `labels`, a folder with one folder "
             "of images a class, or module:function, with --data"
         )
-    images, labels = read_pictures(path, source) if path.is_dir() else _npz(path)
+    images, labels = read_pictures(path, source, fresh) if path.is_dir() else _npz(path)
     n = len(labels)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     cuts = (0, int(0.6 * n), int(0.8 * n), n)
     splits = {s: (images[order[a:b]], labels[order[a:b]]) for s, a, b in zip(SPLITS, cuts, cuts[1:], strict=False)}
-    return _checked(splits, key, source, str(path))
+    return _checked(splits, key, source, str(path), fresh, tuple(folders(path)) if fresh and path.is_dir() else ())
 
 
-def _checked(splits: dict[str, Any], key: str, source: Source, where: str) -> dict[str, Any]:
-    """Labelled splits, after checks that the model can take them."""
+def _checked(
+    splits: dict[str, Any], key: str, source: Source, where: str, fresh: bool, names: tuple[str, ...] = ()
+) -> Classification:
+    """Labelled splits, after checks that the model, or a fresh head, can take them."""
     import torch
 
     checked: dict[str, tuple[dict[str, Any], Any]] = {}
@@ -168,14 +172,35 @@ def _checked(splits: dict[str, Any], key: str, source: Source, where: str) -> di
         if not all(bool(t.isfinite().all()) for t in inputs.values()):
             raise UserError(f"{where}: the inputs of {split} hold NaN or infinite values; remove these items")
         checked[split] = inputs, labels.long()
+    if fresh:
+        return _named(checked, names)
     classes = _classes_of(source, {k: v[:1] for k, v in checked["search"][0].items()}, where)
     largest = max(int(labels.max()) for _, labels in checked.values())
     if largest >= classes:
         raise UserError(
             f"{where} has an item of class {largest}, and {source.name} knows classes 0 to {classes - 1}; give data "
-            "labelled for this model"
+            "labelled for this model, or let `trimtab adapt` or `train` give it another head with --fresh-head"
         )
-    return checked
+    return Classification(checked)
+
+
+def _named(splits: dict[str, Any], names: tuple[str, ...] = ()) -> Classification:
+    """Splits whose classes have names, their numbers unless told otherwise.
+
+    Raises:
+        UserError: there is but one class, or a number has no item to train on.
+    """
+    seen = set(splits["calibration"][1].tolist())
+    classes = len(names) or 1 + max(int(labels.max()) for _, labels in splits.values())
+    if missing := sorted(set(range(classes)) - seen):
+        name = names[missing[0]] if names else missing[0]
+        raise UserError(
+            f"no item of class {name} is among the {len(splits['calibration'][1])} to train on, and a fresh head of "
+            f"{classes} classes needs some of each; give more of them, or number classes from 0 without gaps"
+        )
+    if classes < 2:
+        raise UserError("the data are all of one class, and a fresh head tells classes apart; give two or more")
+    return Classification(splits, names or tuple(map(str, range(classes))))
 
 
 def _classes_of(source: Source, one: dict[str, Any], where: str) -> int:

@@ -17,6 +17,7 @@ class Classification(Task):
 
     Fields:
         data: split -> (inputs by the name of the forward's argument, labels `[n]` int64).
+        names: of classes that are the data's and not the model's, in the order of their labels; empty: the model's.
     """
 
     name: ClassVar[str] = "classification"
@@ -26,6 +27,7 @@ class Classification(Task):
     multiple: ClassVar[int] = 100
 
     data: dict[str, tuple[dict[str, Tensor], Tensor]]
+    names: tuple[str, ...] = ()
 
     def batch(self, split: str, items: int, seed: int = 0) -> Batch:
         import torch

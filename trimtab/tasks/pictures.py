@@ -52,6 +52,9 @@ def form_of(source: Source) -> Form:
 def class_of(names: list[str], label2id: Mapping[str, Any]) -> dict[str, int]:
     """The class of each folder: as the model names it, as the number that it is called, or else in sorted order.
 
+    Raises:
+        UserError: the model has names for its classes, and knows a part of the folders'.
+
     >>> class_of(["cat", "dog"], {"dog": 0, "cat": 1}), class_of(["7", "3"], {}), class_of(["dog", "cat"], {})
     ({'cat': 1, 'dog': 0}, {'7': 7, '3': 3}, {'dog': 1, 'cat': 0})
     """
@@ -59,14 +62,42 @@ def class_of(names: list[str], label2id: Mapping[str, Any]) -> dict[str, int]:
         return {name: int(label2id[name]) for name in names}
     if all(name.isdecimal() for name in names):
         return {name: int(name) for name in names}
+    known = [name for name in names if name in label2id]
+    if known or len(label2id) > len(names):
+        missing = next(name for name in names if name not in label2id)
+        raise UserError(
+            f"a folder of images is called {missing}, and the model's {len(label2id)} classes are "
+            f"{', '.join(list(label2id)[:4])}{', ...' if len(label2id) > 4 else ''}: call folders as the model does, "
+            f"or let `trimtab adapt` or `train` give it a head for these {len(names)} classes with --fresh-head"
+        )
     return {name: sorted(names).index(name) for name in names}
 
 
-def read_pictures(folder: Path, source: Source) -> tuple[Tensor, Tensor]:
-    """Images `[n, channels, size, size]`, each resized to the model's size, and labels `[n]`.
+def folders(folder: Path) -> dict[str, list[Path]]:
+    """The images of each class: those below the folder of its name, in sorted order.
 
     Raises:
-        UserError: pillow is missing, there are fewer than ten images, or one cannot be read.
+        UserError: there are fewer than ten.
+    """
+    named = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in ENDINGS) for p in sorted(folder.iterdir())}
+    named = {name: files for name, files in named.items() if files}
+    if sum(map(len, named.values())) < LEAST:
+        raise UserError(
+            f"{folder} holds {sum(map(len, named.values()))} images in {len(named)} folders; give one folder a class, "
+            f"with {LEAST} images or more in all ({', '.join(ENDINGS[:3])}, ...)"
+        )
+    return named
+
+
+def read_pictures(folder: Path, source: Source, fresh: bool = False) -> tuple[Tensor, Tensor]:
+    """Images `[n, channels, size, size]`, each resized to the model's size, and labels `[n]`.
+
+    Args:
+        fresh: the classes are the folders in sorted order, whatever the model knows.
+
+    Raises:
+        UserError: pillow is missing, there are fewer than ten images, one cannot be read, or the model knows other
+            classes.
     """
     import numpy as np
     import torch
@@ -77,15 +108,11 @@ def read_pictures(folder: Path, source: Source) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"{folder} holds images, which pillow reads, and it is not installed: pip install pillow"
         ) from error
-    form = form_of(source)
-    named = {p.name: sorted(f for f in p.rglob("*") if f.suffix.lower() in ENDINGS) for p in sorted(folder.iterdir())}
-    named = {name: files for name, files in named.items() if files}
-    if sum(map(len, named.values())) < LEAST:
-        raise UserError(
-            f"{folder} holds {sum(map(len, named.values()))} images in {len(named)} folders; give one folder a class, "
-            f"with {LEAST} images or more in all ({', '.join(ENDINGS[:3])}, ...)"
-        )
-    classes = class_of(list(named), source.config.get("label2id") or {})
+    form, named = form_of(source), folders(folder)
+    if fresh:
+        classes = {name: place for place, name in enumerate(named)}
+    else:
+        classes = class_of(list(named), source.config.get("label2id") or {})
     rows, labels = [], []
     for name, files in named.items():
         for file in files:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.engine.run import PackedLinear
 from trimtab.parts.cross_entropy import IGNORED, chunked_cross_entropy
+
+HEADS = (nn.Linear, PackedLinear)
 
 
 class Prediction:
@@ -42,7 +45,7 @@ class Prediction:
         count = int((targets != IGNORED).sum())
         if self.lean is None:
             self.lean = self._provable(model, inputs, targets)
-        lean = self.lean and isinstance(model.get_output_embeddings(), nn.Linear)  # type: ignore[operator]
+        lean = self.lean and isinstance(model.get_output_embeddings(), HEADS)  # type: ignore[operator]
         return (self._chunked if lean else self._plain)(model, inputs, targets), count
 
     def items(self, model: nn.Module, places: Tensor) -> Tensor:
@@ -75,13 +78,14 @@ class Prediction:
         finally:
             head.forward = forward
         rows = hidden[:, :-1].flatten(0, 1)
-        return chunked_cross_entropy(rows, head.weight, head.bias, targets, count=1)
+        weight = head.packed if isinstance(head, PackedLinear) else head.weight
+        return chunked_cross_entropy(rows, weight, head.bias, targets, count=1)
 
     @torch.no_grad()
     def _provable(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> bool:
         """Whether the chunked loss is the plain one on a first item."""
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        if not isinstance(head, nn.Linear):
+        if not isinstance(head, HEADS):
             return False
         one = {k: v[:1] for k, v in inputs.items()}
         first = targets[: len(targets) // len(next(iter(inputs.values())))]

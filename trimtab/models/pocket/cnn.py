@@ -112,9 +112,9 @@ class PocketCNN(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(entry, config.classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images [n, image_channels, h, w] to logits [n, classes]."""
-        return self.head(self.stages(self.stem(images)).mean((2, 3)))
+        return self.head(self.stages(self.stem(pixel_values)).mean((2, 3)))
 
     @classmethod
     def from_config(cls, data: dict[str, Any]) -> PocketCNN:
