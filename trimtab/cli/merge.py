@@ -27,6 +27,10 @@ def command(
     apply_adapters: Annotated[
         bool, typer.Option("--apply-adapters", help="put models that are adapters onto their models while merging")
     ] = False,
+    keep_tasks: Annotated[
+        bool, typer.Option("--keep-tasks", help="also keep what each model is made of again (tall-masks, twin-merging)")
+    ] = False,
+    task: Annotated[str | None, typer.Option(help="make the model of one kept task again, from a merged model")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in --out")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was cut off")] = False,
     evaluate: Annotated[
@@ -41,6 +45,13 @@ def command(
     from trimtab.core.budget import parse_bytes
     from trimtab.merging import Merge, asked_recipe, merge
 
+    if task is not None:
+        numbers = (weight, density, scale, dtype, evaluate)
+        plain = method == "linear" and vocabulary == "same" and not any((apply_adapters, keep_tasks, resume, search))
+        if len(models) != 1 or not plain or any(number is not None for number in numbers):
+            raise UserError("--task makes one kept task again: give one merged model, --out and, if need be, --base")
+        _restore(models[0], task, out, base, parse_bytes(shard), overwrite, json)
+        return
     given = {"weight": weight, "density": density, "scale": scale}
     recipe = asked_recipe(models, base, method, given, dtype, vocabulary, seed)
     if apply_adapters and search:
@@ -52,12 +63,13 @@ def command(
         if search and evaluate:
             from trimtab.judging import search as choose
 
-            Merge(recipe, out, parse_bytes(shard), overwrite or resume)
+            Merge(recipe, out, parse_bytes(shard), overwrite or resume, keep_tasks)
             recipe, found["search"] = choose(recipe, evaluate, tell)
         report = merge(
             recipe,
             out=out,
             apply_adapters=apply_adapters,
+            keep_tasks=keep_tasks,
             shard_bytes=parse_bytes(shard),
             resume=resume,
             overwrite=overwrite,
@@ -75,8 +87,22 @@ def command(
         return
     names = ", ".join(f"{p['name']}{' (base)' if p['base'] else ''}" for p in report["parents"])
     print(f"merged:   {names}\nmethod:   {report['method']}\nresult:   {report['out']}, {report['bytes'] / 1e6:.4g} MB")
+    if kept := report.get("tasks"):
+        own = ", ".join(f"{name} {size / 1e6:.4g} MB" for name, size in kept["own_bytes"].items())
+        print(f"tasks:    {kept['shared_bytes'] / 1e6:.4g} MB for all, {own}")
     if chosen := report.get("search"):
         said = ", ".join(f"{k} {v:.4g}" for k, v in chosen.items() if isinstance(v, float))
         print(f"search:   mean loss on the search items: {said}")
     for row in report.get("scores", ()):
         print(f"{row['metric']:>12} {row['value']:9.4g}   {row['data']}   {row['model']}")
+
+
+def _restore(model: str, task: str, out: Path, base: str | None, shard: int, overwrite: bool, json: bool) -> None:
+    from trimtab.merging import restore
+
+    report = restore(model, task, out=out, base=base, shard_bytes=shard, overwrite=overwrite)
+    if json:
+        o.print_json(report)
+        return
+    print(f"restored: {task} of {model}\nmethod:   {report['method']}")
+    print(f"result:   {report['out']}, {report['bytes'] / 1e6:.4g} MB")
