@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import Journal, commit_folder, writing
-from trimtab.core.method import Merger, TaskMerger, did_you_mean, discover, method
+from trimtab.core.method import Merger, Method, TaskMerger, did_you_mean, discover, method
 from trimtab.core.recipe import (
     Parent,
     Recipe,
@@ -239,8 +239,6 @@ def asked_recipe(
     Raises:
         UserError: options that a recipe in a file settles, or numbers that are none.
     """
-    from trimtab.core.plan import parse_method
-
     given = {name: value for name, value in numbers.items() if value is not None}
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         from trimtab.formats.mergekit import read_recipe
@@ -251,8 +249,7 @@ def asked_recipe(
         dtype = dtype or recipe.dtype
         vocabulary = recipe.vocabulary if vocabulary == "same" else vocabulary
         return dataclasses.replace(recipe, dtype=dtype, vocabulary=vocabulary, seed=seed or recipe.seed)
-    name, bracket, fields = merger.partition("(")
-    made = parse_method(name.replace("_", "-") + bracket + fields)
+    made = asked_method(merger)
     if not isinstance(made, Merger):
         _merger(made.card.name, {})
     assert isinstance(made, Merger)
@@ -267,6 +264,14 @@ def asked_recipe(
         else:
             lists[key] = found
     return simple_recipe(models, made, base, lists["weight"], lists["density"], dtype, vocabulary, seed)
+
+
+def asked_method(text: str) -> Method:
+    """A method by its name, underlines or hyphens in it, and its fields in brackets."""
+    from trimtab.core.plan import parse_method
+
+    name, bracket, fields = text.partition("(")
+    return parse_method(name.replace("_", "-") + bracket + fields)
 
 
 def _numbers(name: str, text: str) -> list[float]:
