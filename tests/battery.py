@@ -50,7 +50,7 @@ CACHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Cacher)
 # what each verb may ask for by name: the contract of `trimtab.core.method`
 STATISTICS = {
     "solve": {"gram", "mean", "absmean", "rng"},
-    "rewrite": {"gram", "mean", "absmean", "cosine", "usage", "likeness"},
+    "rewrite": {"gram", "mean", "absmean", "cosine", "usage", "likeness", "sensitivity"},
     "merge": {"weight", "density", "depth", "block", "rng", "gram", "threshold", "peak"},
     "join": {"moments"},
     "allocate": {"measure", "rng", "pairs", "cosine", "outliers", "trace"},
@@ -321,6 +321,11 @@ class Traced:
             "mean": {p: x.mean(0) for p, x in seen.items()},
             "absmean": {p: x.abs().mean(0) for p, x in seen.items()},
             **routing(self.modelmap),
+            "sensitivity": {
+                s.path: torch.rand(model.get_parameter(s.path).shape, generator=seeded(5))
+                for s in self.modelmap.sites
+                if s.kind == "experts"
+            },
             "cosine": dict(zip(paths, torch.rand(len(paths), generator=seeded(3)), strict=True)),
         }
 

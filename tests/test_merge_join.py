@@ -11,14 +11,15 @@ from test_structure import filled, gpt2, inputs, llama, mixtral, run, vit
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.level import Width
+from trimtab.core.level import Rank, Width
 from trimtab.core.method import Scene
 from trimtab.core.modelmap import trace
-from trimtab.engine.experts import routing
+from trimtab.engine.experts import routing, sensitivity
 from trimtab.engine.joining import join, moments, settle
 from trimtab.formats.cutting import out_dim
 from trimtab.formats.structure import put_weight, replay, weight_of
 from trimtab.merge.m_smoe import MSMoE
+from trimtab.merge.mc_smoe import MCSMoE
 from trimtab.merge.pleas import PLeaS
 from trimtab.merge.sn_net import SNNet
 from trimtab.merge.sn_netv2 import SNNetv2
@@ -307,3 +308,84 @@ def test_a_level_that_is_no_width_is_refused_for_experts() -> None:
 def test_experts_whose_places_make_no_sense_are_refused(members: list[int]) -> None:
     with pytest.raises(UserError, match=r"edit share of '?model\.layers\.0\.mlp\.experts|edit share: .*leave a gap"):
         replay(mixtral(), [{"op": "share", "path": "model.layers.0.mlp.experts", "members": members}])
+
+
+def split(model: Any, method: MCSMoE, rank: int, sizes: dict[str, Tensor], batch: dict[str, Tensor]) -> Scene:
+    scene = Scene(copy.deepcopy(model), trace(model, batch), levels=dict.fromkeys(sizes, Rank(rank)))
+    method.rewrite(scene, sensitivity=sizes)
+    return scene
+
+
+def test_split_experts_are_thin_factors_and_the_rows_that_matter_most() -> None:
+    model, modelmap, batch = moe()
+    sizes = {s.path: torch.rand_like(model.get_parameter(s.path)) for s in modelmap.sites if s.kind == "experts"}
+    before = run(model, batch)
+    whole = split(model, MCSMoE(rows=1.0), 3, sizes, batch)
+    assert torch.allclose(run(whole.model, batch), before, atol=1e-4 * float(before.abs().max()))
+    scene = split(model, MCSMoE(rows=0.1), 3, sizes, batch)
+    assert sum(scene.model.get_buffer(f"{p}_places").numel() for p in sizes) == sum(e["rows"] for e in scene.edits)
+    assert sum(scene.model.get_parameter(f"{p}_rows").numel() for p in sizes) <= 0.1 * sum(
+        map(Tensor.numel, sizes.values())
+    )
+    kept, left_out = [], []
+    for path, size in sizes.items():
+        weight, places = model.get_parameter(path), scene.model.get_buffer(f"{path}_places").tolist()
+        u, s, v = torch.linalg.svd(weight)
+        rest = weight - (u[..., :3] * s[..., None, :3]) @ v[:, :3]
+        for i, score in enumerate((rest * size).abs().mean(2).flatten().tolist()):
+            (kept if i in places else left_out).append(score)
+    assert min(kept) >= max(left_out)
+    replayed = replay(filled(mixtral), scene.edits)
+    replayed.load_state_dict(scene.model.state_dict())
+    assert torch.equal(run(replayed, batch), run(scene.model, batch))
+    assert not any(hasattr(replayed.get_submodule(p.rpartition(".")[0]), p.rpartition(".")[2]) for p in sizes)
+
+
+def test_merged_experts_are_split_and_trained() -> None:
+    model, modelmap, batch = moe()
+    merged = merged_experts(model, modelmap, MSMoE(), 0.5, routing(model, modelmap, [batch]))
+    again = trace(merged.model, batch)
+    sizes = sensitivity(merged.model, again, [lambda: merged.model(**batch, labels=batch["input_ids"]).loss])
+    assert not any(p.requires_grad for p in merged.model.parameters())
+    scene = Scene(merged.model, again, levels=dict.fromkeys(sizes, Rank(4)), edits=merged.edits)
+    MCSMoE(rows=0.05).rewrite(scene, sensitivity=sizes)
+    assert {e["op"] for e in scene.edits} == {"share", "thin"}
+    replayed: Any = replay(filled(mixtral), scene.edits)
+    replayed.load_state_dict(scene.model.state_dict())
+    assert torch.equal(run(replayed, batch), run(scene.model, batch))
+    replayed.requires_grad_(True)(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(bool(replayed.get_parameter(f"{p}_{part}").grad.any()) for p in sizes for part in ("left", "right"))
+
+
+def test_sensitivity_is_the_mean_size_of_gradients() -> None:
+    model, modelmap, batch = moe()
+    losses = [lambda k=k: k * model(**batch, labels=batch["input_ids"]).loss for k in (1.0, -3.0)]  # type: ignore[misc]
+    found, path = sensitivity(model, modelmap, losses), "model.layers.1.mlp.experts.down_proj"
+    weight = model.get_parameter(path).requires_grad_(True)
+    losses[0]().backward()
+    assert torch.allclose(found[path], 2 * weight.grad.abs(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "level", "said"),
+    [
+        (MCSMoE(rows=1.5), Rank(2), "rows=1.5; it is a share"),
+        (MCSMoE(), Rank(2, bias=True), "one rank"),
+        (MCSMoE(), Width(0.5), "one rank"),
+        (MCSMoE(), Rank(999), "a rank of 999"),
+    ],
+)
+def test_splits_that_make_no_sense_are_refused(method: MCSMoE, level: Any, said: str) -> None:
+    model, modelmap, _ = moe()
+    sizes = {s.path: torch.ones_like(model.get_parameter(s.path)) for s in modelmap.sites if s.kind == "experts"}
+    with pytest.raises(UserError, match=said):
+        method.rewrite(Scene(model, modelmap, levels=dict.fromkeys(sizes, level)), sensitivity=sizes)
+
+
+@pytest.mark.parametrize(
+    ("path", "more"), [("down_proj", {"rank": 0}), ("down_proj", {"rows": 1 << 20}), ("gate", {}), ("act_fn", {})]
+)
+def test_thin_stacks_that_make_no_sense_are_refused(path: str, more: dict[str, int]) -> None:
+    edit = {"op": "thin", "path": f"model.layers.0.mlp.experts.{path}", "rank": 2, "rows": 3, **more}
+    with pytest.raises(UserError, match="edit thin"):
+        replay(mixtral(), [edit])

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import Journal, commit_folder, writing
-from trimtab.core.method import Merger, did_you_mean, method
+from trimtab.core.method import Merger, Method, TaskMerger, did_you_mean, discover, method
 from trimtab.core.recipe import (
     Parent,
     Recipe,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from trimtab.formats.vocabulary import Union, Vocabulary
 
 SHARD = 5_000_000_000
+HELD = 1 << 30  # bytes of a restored model that are in memory at a time, at most a file
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOATS = ("F16", "BF16", "F32", "F64")
 VOCABULARIES = ("same", "union", "force")
@@ -66,6 +67,7 @@ def merge(
     vocabulary: str = "same",
     seed: int = 0,
     apply_adapters: bool = False,
+    keep_tasks: bool = False,
     shard_bytes: int = SHARD,
     resume: bool = False,
     overwrite: bool = False,
@@ -85,13 +87,15 @@ def merge(
             all, `force` cuts them to the smallest.
         seed: of everything random.
         apply_adapters: put parents that are adapters onto their models, or onto the base, while merging.
+        keep_tasks: also write, to the folder `tasks` of the result, what each parent is made of again by `restore`.
         shard_bytes: the most bytes a file of weights.
         resume: go on with a merge to the same folder that was cut off.
         overwrite: replace what is in the folder.
         progress: is told what is done, how much of it, and how much there is.
 
     Returns:
-        The report: `out`, `method`, `parents` with their hashes, `bytes`, `tensors`, `seconds`.
+        The report: `out`, `method`, `parents` with their hashes, `bytes`, `tensors`, `seconds`, and `tasks` where they
+        are kept.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -104,11 +108,82 @@ def merge(
     if apply_adapters:
         recipe = dataclasses.replace(recipe, adapters=True)
     try:
-        return Merge(recipe, Path(out), shard_bytes, overwrite).go(resume, progress or (lambda *_: None), start)
+        return Merge(recipe, Path(out), shard_bytes, overwrite, keep_tasks).go(
+            resume, progress or (lambda *_: None), start
+        )
     except UserError as error:
         if "disk is full" not in str(error):
             shutil.rmtree(adapters_beside(Path(out)), ignore_errors=True)
         raise
+
+
+def restore(
+    folder: str | os.PathLike[str],
+    task: str,
+    *,
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    shard_bytes: int = SHARD,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the model of one task, made of what a merge with `keep_tasks` kept, as a Hugging Face folder.
+
+    Args:
+        folder: the merged model.
+        task: the name of one of its tasks.
+        out: the folder to write.
+        base: the model that the tasks were tuned from, where it is no longer where it was.
+        shard_bytes: the most bytes a file of weights.
+        overwrite: replace what is in the folder.
+
+    Returns:
+        The report: `out`, `method`, `task`, `bytes`, `tensors`, `seconds`.
+
+    Raises:
+        UserError: no tasks were kept or none of that name, or the base is another one; nothing was written.
+    """
+    from trimtab.engine.merge_tasks import open_tasks
+    from trimtab.formats.checkpoint import Checkpoint, write_safetensors
+    from trimtab.formats.huggingface import copy_companions
+
+    start, source, target = time.perf_counter(), Path(folder), Path(out)
+    tasks = open_tasks(source)
+    origin = open_model(os.fspath(base or tasks.base)) if tasks.method.restores_on_base() else None
+    inputs = {os.fspath(folder): source.resolve()} | ({} if origin is None else {origin.name: origin.folder.resolve()})
+    check_output(target, inputs, overwrite)
+    work = target.absolute().parent / f".{target.name}.restoring"
+    with writing(work):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            stream = tasks.restored(task, None if origin is None else origin.checkpoint)
+            write_safetensors(stream, work / "model.safetensors", shard_bytes=min(shard_bytes, HELD))
+            copy_companions(source, work)
+            shutil.copyfile(source / "config.json", work / "config.json")
+            made = Checkpoint(work)
+            commit_folder(work, target.absolute())
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    report = {"out": str(out), "method": tasks.method.card.name, "task": task, "tensors": len(made.names())}
+    return {**report, "bytes": made.bytes, "seconds": time.perf_counter() - start}
+
+
+def check_output(out: Path, inputs: Mapping[str, Path], overwrite: bool) -> None:
+    """Refuse a folder for a result that is a file, holds other content, or lies in or around an input.
+
+    Args:
+        inputs: by name, folders that are read.
+        overwrite: what it holds is to be replaced.
+    """
+    place = out.resolve()
+    for name, real in inputs.items():
+        if place == real or real.is_relative_to(place) or place.is_relative_to(real):
+            raise UserError(f"the output {out} lies in or around the input {name}; name another folder")
+    if out.is_file():
+        raise UserError(f"{out} is a file; name a folder with --out")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} already exists with other content; name another folder, or --overwrite it")
 
 
 def adapters_beside(out: Path) -> Path:
@@ -164,8 +239,6 @@ def asked_recipe(
     Raises:
         UserError: options that a recipe in a file settles, or numbers that are none.
     """
-    from trimtab.core.plan import parse_method
-
     given = {name: value for name, value in numbers.items() if value is not None}
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         from trimtab.formats.mergekit import read_recipe
@@ -176,8 +249,7 @@ def asked_recipe(
         dtype = dtype or recipe.dtype
         vocabulary = recipe.vocabulary if vocabulary == "same" else vocabulary
         return dataclasses.replace(recipe, dtype=dtype, vocabulary=vocabulary, seed=seed or recipe.seed)
-    name, bracket, fields = merger.partition("(")
-    made = parse_method(name.replace("_", "-") + bracket + fields)
+    made = asked_method(merger)
     if not isinstance(made, Merger):
         _merger(made.card.name, {})
     assert isinstance(made, Merger)
@@ -192,6 +264,14 @@ def asked_recipe(
         else:
             lists[key] = found
     return simple_recipe(models, made, base, lists["weight"], lists["density"], dtype, vocabulary, seed)
+
+
+def asked_method(text: str) -> Method:
+    """A method by its name, underlines or hyphens in it, and its fields in brackets."""
+    from trimtab.core.plan import parse_method
+
+    name, bracket, fields = text.partition("(")
+    return parse_method(name.replace("_", "-") + bracket + fields)
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -355,7 +435,14 @@ def _check_shapes(jobs: Iterable[tuple[str, list[tuple[Model, str, Entry]]]]) ->
 class Merge:
     """A recipe, its models opened and checked against one another."""
 
-    def __init__(self, recipe: Recipe, out: Path, shard_bytes: int = SHARD, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        shard_bytes: int = SHARD,
+        overwrite: bool = False,
+        keep_tasks: bool = False,
+    ) -> None:
         """Open and check everything.
 
         Raises:
@@ -373,6 +460,7 @@ class Merge:
         self.method = _merger(recipe.method, {})
         self._check_fields()
         self._check_counts()
+        self.tasks = self._task_names() if keep_tasks else ()
         place = adapters_beside(out) if recipe.adapters else None
         self.models = {name: open_model(name, place, recipe.base) for name in recipe.models()}
         self._check_places()
@@ -448,6 +536,17 @@ class Merge:
             if self.method.most is not None and count > self.method.most:
                 raise UserError(f"{count} models were given to {name}; it takes {self.method.most} at most")
 
+    def _task_names(self) -> tuple[str, ...]:
+        """What the tasks of the parents are called: the last parts of their names, where these differ."""
+        if not isinstance(self.method, TaskMerger):
+            known = ", ".join(name for name, cls in discover().items() if issubclass(cls, TaskMerger))
+            raise UserError(f"{self.recipe.method} keeps nothing of single tasks; methods that do are {known}")
+        parents = self.recipe.slices[0].parents
+        if len(self.recipe.slices) > 1 or parents[0].layers or self.recipe.vocabulary != "same":
+            raise UserError("tasks are kept of whole models with one vocabulary; leave --keep-tasks out")
+        names = [Path(p.model).name for p in parents]
+        return tuple(names if len(set(names)) == len(names) else (p.model for p in parents))
+
     def _check_places(self) -> None:
         places: dict[Path, str] = {}
         for name, model in self.models.items():
@@ -463,14 +562,7 @@ class Merge:
             base = part.base or self.recipe.base
             if self.method.needs_base() and base in names:
                 raise UserError(f"{base} is both the base and one of the models; its change from itself is nothing")
-        out = self.out.resolve()
-        for real, name in places.items():
-            if out == real or real.is_relative_to(out) or out.is_relative_to(real):
-                raise UserError(f"the output {self.out} lies in or around the input {name}; name another folder")
-        if self.out.is_file():
-            raise UserError(f"{self.out} is a file; name a folder with --out")
-        if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
-            raise UserError(f"{self.out} already exists with other content; name another folder, or --overwrite it")
+        check_output(self.out, {name: real for real, name in places.items()}, self.overwrite)
 
     def _lengths(self) -> list[int]:
         """How many blocks each slice has."""
@@ -638,6 +730,11 @@ class Merge:
             digests = stream(content, self.jobs, self.shard_bytes, journal, tell)
             tell("merging, MB", self.bytes >> 20, self.bytes >> 20)
             report = self._report(digests)
+            if self.tasks:
+                from trimtab.engine.merge_tasks import FOLDER, write_tasks
+
+                said = {"method": report["method"], "settings": report["settings"], "base": self.recipe.base}
+                report["tasks"] = write_tasks(content / FOLDER, self.jobs, self.tasks, digests, said)
             self._write_along(content, report)
             journal.append("report", {**report, "seconds": time.perf_counter() - start})
         except UserError as error:
@@ -660,7 +757,7 @@ class Merge:
                 info = file.stat()
                 files.append([str(file.resolve()), info.st_size, info.st_mtime_ns])
         recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
-        return {"merge": recipe, "files": files, "shard_bytes": self.shard_bytes}
+        return {"merge": recipe, "files": files, "shard_bytes": self.shard_bytes, "tasks": list(self.tasks)}
 
     def _report(self, digests: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         total: dict[str, Any] = {name: hashlib.sha256() for name in self.models}

@@ -55,17 +55,12 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
                 right = d.logits(state, images[mine]).argmax(1) == labels[mine]
                 hits += float(right.sum()) / len(labels) / len(names)
     tuned = sum(d.accuracy(p, n, "test") for p, n in zip(parents, names, strict=True)) / len(parents)
-    weights = sum(t.numel() for t in base.values())
-    residual = sum(
-        t.numel() if t.dim() < 2 else max(1, int(KEEP * min(t.flatten(1).shape))) * sum(t.flatten(1).shape)
-        for t in base.values()
-    )
     return {
         "twin": hits,
         "tuned": tuned,
         "recovered": hits / tuned,
         "router": found,
-        "stored": (weights + len(names) * residual) / (len(names) * weights),
+        "stored": d.stored_share(method, parents, base),
         "task_arithmetic": d.mean_accuracy(d.best([TaskArithmetic(scale=s) for s in SCALES], parents, base)[1], "test"),
         "ties": d.mean_accuracy(
             d.best([TIES(scale=s, density=k) for s in WIDE for k in (0.2, 0.5, 0.8)], parents, base)[1], "test"

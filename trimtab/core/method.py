@@ -211,6 +211,33 @@ class Merger(Method):
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
 
+class TaskMerger(Merger):
+    """A merger of which each parent can be had again: beside `merge`, `split` says what of a tensor is stored for that,
+    and `restore` makes a parent's tensor of it.
+
+    Parts are tensors by name. The engine stores floats in the result's type and gives them back in fp32; whole numbers
+    come back as they are. Of a method that is `tiled`, parts of consecutive tiles of a tensor, whose lengths are
+    multiples of 8, are put end to end. What the verb asks for is numbers a parent, and nothing that is collected.
+    """
+
+    @abstractmethod
+    def split(
+        self, tensors: list[Tensor], base: Any, **given: Any
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """What all parents share of a tensor, and what is each one's own; given what `merge` is given."""
+
+    @abstractmethod
+    def restore(self, base: Any, shared: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
+        """A parent's tensor, flat or in its shape; it depends on no field. `base: None` in the signature says that the
+        parts do without the base.
+        """
+
+    @classmethod
+    def restores_on_base(cls) -> bool:
+        """Whether a parent's tensor is made with the base."""
+        return inspect.signature(cls.restore).parameters["base"].annotation not in ("None", None)
+
+
 class Joiner(Method):
     """`join(scenes, *, ...) -> nn.Module`: whole models into one, where no rule of one tensor at a time would do.
 

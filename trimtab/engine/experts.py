@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,3 +54,20 @@ def routing(
         "usage": {path: count / count.sum().clamp_min(1) for path, count in counts.items()},
         "likeness": {path: product / torch.outer(lengths[path], lengths[path]) for path, product in products.items()},
     }
+
+
+def sensitivity(model: nn.Module, modelmap: ModelMap, losses: Sequence[Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """Mean size of the gradient of some losses by each weight of every stack of experts, by its path."""
+    found = {s.path: model.get_parameter(s.path) for s in modelmap.sites if s.kind == "experts"}
+    frozen = {path: p for path, p in found.items() if not p.requires_grad}
+    sums = {path: torch.zeros_like(p) for path, p in found.items()}
+    try:
+        for p in frozen.values():
+            p.requires_grad_(True)
+        for loss in losses:
+            for path, grad in zip(found, torch.autograd.grad(loss(), list(found.values())), strict=True):
+                sums[path] += grad.abs() / len(losses)
+    finally:
+        for p in frozen.values():
+            p.requires_grad_(False)
+    return sums

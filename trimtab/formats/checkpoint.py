@@ -134,13 +134,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
-        import torch
-
-        entry = self.entry(name)
-        tensor = torch.empty(entry.shape, dtype=_torch_dtype(entry.dtype))
-        if tensor.numel():
-            read_into(entry, entry.start, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return tensor
+        return read_entry(self.entry(name))
 
     def hash(self) -> str:
         """SHA-256 over the files' names and contents, hexadecimal; a file that did not change is read once."""
@@ -177,6 +171,16 @@ class Checkpoint:
             more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
             found = f"weights are not finite: {', '.join(bad[:3])}{more}"
             raise UserError(f"{self.path}: {found}; use a checkpoint with finite weights")
+
+
+def read_entry(entry: Entry) -> Tensor:
+    """A tensor, in memory of its own."""
+    import torch
+
+    tensor = torch.empty(entry.shape, dtype=_torch_dtype(entry.dtype))
+    if tensor.numel():
+        read_into(entry, entry.start, tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return tensor
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -9,11 +9,13 @@ edit.
 | `drop` | a module becomes `Dropped`: it gives zeros, and its weights are gone | `returns`, `width` |
 | `remove` | a whole block leaves its list; the configuration counts one less | |
 | `resize` | a module's weight, or a bare parameter, gets another shape | `shape`, `bias`, `groups` |
+| `widen` | the same, up to twice as large | `shape`, `groups` |
 | `norm` | a layer norm becomes an RMS norm | `width`, `eps` |
 | `factor` | a linear or convolution becomes two thin ones | `rank` |
 | `gather` | the inputs of a linear are put into another order before it | |
 | `shortcut` | the residual passes a matrix on its way around a branch | `norm`, `branch`, `width` |
 | `share` | of a stack of experts fewer are left, and each old place is one of them | `members` |
+| `thin` | a stack of matrices becomes thin factors and a few whole rows | `rank`, `rows`, `flipped` |
 | `untie` | a weight that was shared becomes the module's own | |
 """
 
@@ -114,6 +116,34 @@ class Shared:
         if not isinstance(value, Tensor) or value.is_floating_point():
             return value
         return torch.tensor(self.members, device=value.device)[value]
+
+
+class Thin:
+    """Hooks around a module: one of its stacks of matrices is made for a forward, W = left right, and some rows added.
+
+    The module holds `<name>_left [stack, out, rank]`, `<name>_right [stack, rank, in]`, `<name>_rows [rows, in]` and
+    `<name>_places [rows]`, which says to which of all outputs of the stack each row belongs.
+
+    Args:
+        name: of the stack's parameter, which the module no longer has.
+        flipped: the module's code reads matrices `(in, out)`.
+    """
+
+    def __init__(self, name: str, flipped: bool) -> None:
+        self.name, self.flipped = name, flipped
+
+    def make(self, module: nn.Module, args: tuple) -> None:
+        """Hook before the module."""
+        left, right, rows, places = (
+            getattr(module, f"{self.name}_{part}") for part in ("left", "right", "rows", "places")
+        )
+        stack = left @ right
+        stack = stack.flatten(0, 1).index_add(0, places, rows).view_as(stack)
+        setattr(module, self.name, stack.mT if self.flipped else stack)
+
+    def forget(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook behind the module."""
+        delattr(module, self.name)
 
 
 class Factored(nn.Module):
@@ -334,6 +364,37 @@ def _resize(model: nn.Module, path: str, shape: list[int], bias: bool | None = N
     give_shape(module, shape, bias, groups)
 
 
+def _widen(model: nn.Module, path: str, shape: list[int], groups: int | None = None) -> None:
+    module = _module(model, "widen", path)
+    if module._parameters.get("weight") is None:
+        raise UserError(f"edit widen: {path!r} ({type(module).__name__}) has no weight")
+    seen = tuple(weight_of(module).shape)
+    grows = len(seen) == len(shape) and all(a <= b <= 2 * a for a, b in zip(seen, shape, strict=True))
+    if not grows or (groups is not None and (not isinstance(module, nn.modules.conv._ConvNd) or shape[0] % groups)):
+        raise UserError(f"edit widen of {path!r}: its shape is {list(seen)}, {shape} was asked for; a dimension "
+                        "at most doubles, and groups divide the outputs")  # fmt: skip
+    give_shape(module, shape, groups=groups)
+
+
+def widening(before: nn.Module, after: nn.Module) -> list[dict[str, Any]]:
+    """The edits that give a model's modules the shapes that those of a wider one have.
+
+    >>> widening(nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 5)))
+    [{'op': 'widen', 'path': '0', 'shape': [5, 2]}]
+    """
+    edits: list[dict[str, Any]] = []
+    for path, module in before.named_modules():
+        if module._parameters.get("weight") is None:
+            continue
+        new = after.get_submodule(path)
+        shape = list(weight_of(new).shape)
+        if shape != list(weight_of(module).shape):
+            groups = getattr(new, "groups", 1)
+            more = {"groups": groups} if groups != getattr(module, "groups", 1) else {}
+            edits.append({"op": "widen", "path": path, "shape": shape, **more})
+    return edits
+
+
 def give_shape(module: nn.Module, shape: list[int], bias: bool | None = None, groups: int | None = None) -> None:
     """Give a module a weight of another shape, with all that has one number an output, and sizes that say so.
 
@@ -432,6 +493,25 @@ def _share(model: nn.Module, path: str, members: Sequence[int]) -> None:
     module.register_forward_pre_hook(Shared(members), with_kwargs=True)
 
 
+def _thin(model: nn.Module, path: str, rank: int, rows: int, flipped: bool = False) -> None:
+    parent, _, name = path.rpartition(".")
+    module = _module(model, "thin", parent)
+    old = module._parameters.get(name)
+    if old is None or old.dim() != 3:
+        raise UserError(f"edit thin: {path!r} is no stack of matrices")
+    count, outputs, inputs = (old.mT if flipped else old).shape
+    if not 1 <= rank <= min(outputs, inputs) or rows > count * outputs:
+        raise UserError(f"edit thin of {path!r}: a rank of {rank} and {rows} rows were asked for, of {count} matrices "
+                        f"{outputs} x {inputs}")  # fmt: skip
+    del module._parameters[name]
+    for part, shape in (("left", (count, outputs, rank)), ("right", (count, rank, inputs)), ("rows", (rows, inputs))):
+        module.register_parameter(f"{name}_{part}", _parameter(old, shape))
+    module.register_buffer(f"{name}_places", torch.zeros(rows, dtype=torch.int32, device=old.device))
+    thin = Thin(name, flipped)
+    module.register_forward_pre_hook(thin.make)
+    module.register_forward_hook(thin.forget)
+
+
 def _untie(model: nn.Module, path: str) -> None:
     module = _module(model, "untie", path)
     weight = module._parameters.get("weight")
@@ -451,11 +531,13 @@ OPS: dict[str, Callable[..., None]] = {
     "drop": _drop,
     "remove": _remove,
     "resize": _resize,
+    "widen": _widen,
     "norm": _norm,
     "factor": _factor,
     "gather": _gather,
     "shortcut": _shortcut,
     "share": _share,
+    "thin": _thin,
     "untie": _untie,
 }
 
@@ -601,6 +683,9 @@ def _renumber(model: nn.Module, types: Mapping[nn.Module, Any]) -> None:
 # ---- whether an edited model is still a plain one
 
 
+STRANGE = frozenset({"drop", "norm", "factor", "gather", "shortcut", "share", "thin"})  # no configuration says these
+
+
 def plain_config_changes(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What to change in the original configuration so that it gives the edited model; None if nothing does.
 
@@ -614,7 +699,9 @@ def plain_config_changes(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -
     """
     edits = list(edits)
     config = getattr(model, "config", None)
-    if config is None or any(e["op"] in ("drop", "norm", "factor", "gather", "shortcut", "share") for e in edits):
+    if config is None or any(
+        e["op"] in ("drop", "norm", "factor", "gather", "shortcut", "share", "thin") for e in edits
+    ):
         return None
     changes: dict[str, Any] = {}
     if any(e["op"] == "remove" for e in edits):

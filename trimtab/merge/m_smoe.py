@@ -32,8 +32,8 @@ class MSMoE(Rewriter):
 
     Reference: Li et al. 2023, arXiv:2310.01334, section 3.2, algorithm 1.
     Departures: units are matched to the dominant expert of the group, where the authors' code matches all experts of
-        a layer to its first; the second step of the paper, thin factors and a sparse rest of each merged expert
-        (MC-SMoE), is not here.
+        a layer to its first; the second step of the paper, thin factors and a sparse rest of each merged expert, is
+        `mc-smoe`.
 
     >>> MSMoE().groups(torch.tensor([0.1, 0.6, 0.3]), torch.tensor([[1, 0.2, 0.7], [0.2, 1, 0], [0.7, 0, 1]]), 2)
     [1, 0, 1]

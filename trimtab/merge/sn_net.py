@@ -48,7 +48,7 @@ class SNNet(Joiner):
         """The blocks on both sides of every stitch.
 
         Raises:
-            UserError: there are not two anchors with two blocks at least.
+            UserError: there are not two anchors with two blocks at least, and a state of one width.
         """
         return tuple(seams(scenes, self.routes(*depths(scenes))).values())
 
@@ -64,6 +64,10 @@ def depths(scenes: Sequence[Scene]) -> tuple[int, int]:
         said = ", ".join(map(str, counts))
         raise UserError(
             f"models of {said} blocks were to be stitched; give two, of two blocks at least, the smaller first"
+        )
+    if any(scene.modelmap.residual is None for scene in scenes):
+        raise UserError(
+            "a model whose state changes its width from block to block was to be stitched; give transformers"
         )
     return counts[0], counts[1]
 

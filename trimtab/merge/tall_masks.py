@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trimtab.core.errors import UserError
-from trimtab.core.method import Card, Merger
+from trimtab.core.method import Card, TaskMerger
+from trimtab.formats.bitstream import pack_bits, unpack_bits
 from trimtab.parts.merging import changes, combine
 
 
 @dataclass(frozen=True)
-class TALLMasks(Merger):
+class TALLMasks(TaskMerger):
     """Task t uses the entries where |tau_t| >= lambda |tau - tau_t|, tau = sum_t tau_t, tau_t = W_t - W_0.
 
     Consensus: W = W_0 + alpha tau where at least k tasks use an entry, and W_0 elsewhere.
-    Recovery of task t from the sum and a mask of one bit an entry: W = W_0 + tau where task t uses the entry.
+    Recovery of task t from the sum and a mask of one bit an entry: W = W_0 + tau where task t uses the entry. `split`
+    gives the sum and these masks, eight entries a byte.
 
     Args:
         trust: lambda (0.4; the paper chooses among 0.2 to 0.6 by task on held-out data).
@@ -68,6 +71,19 @@ class TALLMasks(Merger):
         for vector in vectors:
             votes += self.uses(vector, total)
         return base + total.mul_(votes >= min(self.least, len(tensors))).mul_(self.scale)
+
+    def split(
+        self, tensors: list[Tensor], base: Tensor, *, weight: tuple[float, ...]
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """The sum of the task vectors, and the mask of each task."""
+        vectors = changes(tensors, base)
+        total = combine(vectors, weight)
+        return {"sum": total}, [{"mask": pack_bits(self.uses(vector, total), 1)} for vector in vectors]
+
+    def restore(self, base: Tensor, shared: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
+        """The base, and the sum where the task uses it."""
+        mask = unpack_bits(own["mask"], 1, base.numel()).reshape(base.shape)
+        return base + shared["sum"].reshape(base.shape) * mask
 
     def uses(self, vector: Tensor, total: Tensor) -> Tensor:
         """The mask of a task: the entries of the sum that it uses."""

@@ -300,6 +300,10 @@ def make_skeleton(contents: Contents) -> nn.Module:
     """
     from trimtab.models.source import read_config
 
+    if (stitched := contents.manifest.get("stitched")) is not None:
+        from trimtab.models.stitched import skeleton_of_stitched
+
+        return skeleton_of_stitched(stitched, str(contents.folder))
     path = contents.folder / "config.json"
     if not path.is_file():
         made_by = contents.manifest.get("source", {}).get("name", "a Python function")

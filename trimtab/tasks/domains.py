@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trimtab.core.method import Merger
+from trimtab.core.method import Merger, TaskMerger
 from trimtab.core.recipe import block_of
 from trimtab.tasks.digits import BLACK, digits
 
@@ -163,6 +163,16 @@ def merged_state(
         root = base[name] if base is not None and method.needs_base() else None
         merged_tensors[name] = merged(piece, [p[name] for p in parents], root)
     return merged_tensors
+
+
+def stored_share(method: TaskMerger, parents: Sequence[State], base: State) -> float:
+    """Bytes of what each parent is made again of, as a share of the bytes of all parents; fp32."""
+    whole = sum(t.numel() * t.element_size() for t in base.values())
+    total = whole if method.restores_on_base() else 0
+    for name, origin in base.items():
+        shared, own = method.split([p[name] for p in parents], origin, weight=(1.0,) * len(parents))
+        total += sum(t.numel() * t.element_size() for part in (shared, *own) for t in part.values())
+    return total / (len(parents) * whole)
 
 
 def best(
