@@ -192,9 +192,10 @@ def _decide(kind: Kind, options: tuple[Any, ...], name: str) -> int:
 
 
 def _rising(what: str, options: tuple[int, ...]) -> tuple[int, ...]:
-    if list(options) != sorted(set(options)) or not all(isinstance(o, int) and o > 0 for o in options):
+    least = 0 if what == "Depth" else 1
+    if list(options) != sorted(set(options)) or not all(isinstance(o, int) and o >= least for o in options):
         raise UserError(
-            f"{what}{options} was asked for; its options are whole numbers above 0, each larger than the last"
+            f"{what}{options} was asked for; its options are whole numbers from {least}, each larger than the last"
         )
     return options
 

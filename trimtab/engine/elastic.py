@@ -131,11 +131,11 @@ class Supernet(nn.Module):
         """Take into the shared weights what a network has more than those before."""
         module, made = self.maker.build(genome, meta=False)
         for path, name, tensor in _tensors(module):
-            where = made[f"{path}.{name}" if path else name]
+            where = made[_joined(path, name)]
             known = self._names.get(where)
             holder = module.get_submodule(path)
             if known is None:
-                known = f"{path}.{name}" if path else name
+                known = _joined(path, name)
                 while known in self._tensors:
                     known += "~"
                 self._names[where] = known
@@ -184,7 +184,7 @@ class Supernet(nn.Module):
                 if id(tensor) in seen:
                     network.tied.append((holder, name, seen[id(tensor)]))
                     continue
-                shared = self._names.get(made[f"{path}.{name}" if path else name])
+                shared = self._names.get(made[_joined(path, name)])
                 if shared is None:
                     raise UserError(
                         f"{path}.{name} of {self.maker.name} is in no network that was tried; make it inside of the "
@@ -284,7 +284,7 @@ class Supernet(nn.Module):
         if isinstance(inputs, Mapping) and not inputs.keys() <= inspect.signature(module.forward).parameters.keys():
             inputs = tuple(inputs.values())
         paths = {id(m): p for p, m in self.network(largest).module.named_modules()}
-        shared = {f"{paths[id(p.holder)]}.{p.name}": p.shared for p in (*self._places(largest),)}
+        shared = {_joined(paths[id(p.holder)], p.name): p.shared for p in self._places(largest)}
         narrowed = self._narrowed()
         sorted_groups = 0
         for group in trace(module, inputs).coupled:
@@ -337,6 +337,11 @@ def called(module: nn.Module, inputs: Mapping[str, Tensor], options: Mapping[str
     if inputs.keys() <= inspect.signature(module.forward).parameters.keys():
         return module(**inputs, **options)
     return module(*inputs.values())
+
+
+def _joined(path: str, name: str) -> str:
+    """The full name of a module's tensor."""
+    return f"{path}.{name}" if path else name
 
 
 def _laid_out(value: Tensor) -> Tensor:

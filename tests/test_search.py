@@ -1,0 +1,272 @@
+"""`trimtab search`: prices, networks as source, end to end, killed and resumed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Said
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trimtab.core.budget import Budget
+from trimtab.core.errors import BudgetError, UserError
+from trimtab.engine.costing import Costs
+from trimtab.engine.cuts import Cuts
+from trimtab.engine.elastic import Supernet, called
+from trimtab.engine.stream import traced
+from trimtab.formats.network_code import write_network
+from trimtab.models.source import open_source
+from trimtab.searching import describe, search
+from trimtab.space import Choice, Space, open_space
+from trimtab.tasks.build import task_for
+
+Cli = Callable[..., Said]
+QUICK: dict[str, Any] = {"steps": 20, "batch": 32, "evaluations": 12, "threads": 1}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---- prices
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("mobile-cnn", {"images": torch.zeros(1, 3, 16, 16)}),
+        ("vit", {"images": torch.zeros(1, 3, 32, 32)}),
+        ("tiny-llm", {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}),
+    ],
+)
+def test_prices_are_exact(name: str, inputs: dict[str, torch.Tensor]) -> None:
+    costs = Costs(open_space(name), inputs)
+    assert costs.exact
+    rng = random.Random(0)
+    genomes = [costs.domain.random(rng) for _ in range(8)]
+    found = costs.price(genomes)
+    for i, genome in enumerate(genomes):
+        network = costs.maker.build(genome, meta=False)[0].eval()
+        assert found["parameters"][i] == sum(p.numel() for p in network.parameters())
+        lasting = {id(t): t for t in network.state_dict(keep_vars=True).values()}
+        assert found["bytes"][i] == sum(t.numel() * t.element_size() for t in lasting.values())
+        backend = torch.nn.attention.SDPBackend.MATH  # torch's counter knows no other attention on a processor
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(backend):
+            called(network, inputs, {})
+        assert found["flops"][i] == counter.get_total_flops()
+
+
+def test_seconds_are_near_what_is_measured() -> None:
+    costs = Costs(open_space("mobile-cnn"), {"images": torch.zeros(1, 3, 32, 32)}, seconds=True, threads=1)
+    ends = [costs.domain.smallest(), costs.domain.largest()]
+    small, large = costs.price(ends)["seconds"]
+    assert 0 < small < large
+    measured = [costs.measure(genome) for genome in ends]
+    assert np.allclose([small, large], measured, rtol=0.5), "this is no benchmark: a busy machine may be that far off"
+
+
+# ---- networks as source
+
+
+class Odd(nn.Module):
+    """Parameters and buffers of its own, functions, reused layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+        self.register_buffer("shift", torch.arange(4.0), persistent=False)
+        self.blocks = nn.Sequential(nn.Linear(4, 4, bias=False), nn.GELU(approximate="tanh"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.blocks(self.blocks(x)) * self.scale + self.shift
+        return nn.functional.layer_norm(y, (4,)).clamp(min=-1.0, max=float("inf"))
+
+
+def test_a_network_is_written_as_source_that_needs_torch_alone(tmp_path: Path) -> None:
+    model, x = Odd(), torch.randn(3, 4)
+    write_network(model, tmp_path, "An odd network.")
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); from network import network; "
+        "print(network()(torch.tensor(eval(sys.argv[2]))).tolist(), 'trimtab' in sys.modules)"
+    )
+    line = [sys.executable, "-I", "-c", code, str(tmp_path), str(x.tolist())]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path)
+    values, ours = done.stdout.rsplit(maxsplit=1)
+    assert torch.equal(torch.tensor(json.loads(values)), model(torch.tensor(x.tolist()))) and ours == "False"
+
+
+def test_networks_that_source_cannot_say_are_refused(tmp_path: Path) -> None:
+    class Values(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UserError, match="hangs on values"):
+        write_network(Values(), tmp_path, "")
+    with pytest.raises(UserError, match="MultiheadAttention"):
+
+        class Attends(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.attention = nn.MultiheadAttention(4, 2)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.attention(x, x, x)[0]
+
+        write_network(Attends(), tmp_path, "")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- trained models made elastic
+
+
+@pytest.mark.parametrize("name", ["pocket", "pocket-vit", "pocket-cnn"])
+def test_a_trained_model_is_its_own_largest_network(name: str) -> None:
+    source = open_source(name)
+    task = task_for(source, None, 32)
+    some = task.batch("calibration", 2)
+    model = source.materialise()
+    cuts = Cuts(name, model, traced(source, some), some.inputs, task.options)
+    supernet = Supernet(cuts)
+    rng = random.Random(0)
+
+    def logits(module: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            output = called(module.eval(), some.inputs, task.options)
+        return getattr(output, "logits", output)
+
+    plain = logits(model)
+    assert torch.equal(logits(supernet.bound(cuts.domain.largest())[0]), plain)
+    assert supernet.sort({k: v[:1] for k, v in some.inputs.items()})
+    assert torch.allclose(logits(supernet.bound(cuts.domain.largest())[0]), plain, atol=1e-3)
+    sizes = set()
+    for _ in range(10):
+        genome = cuts.domain.random(rng)
+        network = supernet.extract(genome)
+        assert torch.equal(logits(supernet.bound(genome)[0]), logits(network))
+        sizes.add(sum(p.numel() for p in network.parameters()))
+    assert len(sizes) > 5 and max(sizes) < sum(p.numel() for p in model.parameters())
+
+
+# ---- the whole of it
+
+
+def test_it_finds_a_plain_network_within_the_budget(tmp_path: Path) -> None:
+    found = search("mobile-cnn", budget=Budget.of(size="200kB"), out=tmp_path / "run", **QUICK)
+    report = found.report
+    assert report["best"]["bytes"] <= 200_000 < report["original"]["bytes"]
+    assert report["trials"] == QUICK["evaluations"] and report["front"]
+    values = [(p["bytes"], -p["value"]) for p in report["front"]]
+    assert values == sorted(values) and len({v for _, v in values}) == len(values)
+    assert report["uniform"]["bytes"] <= 200_000 and report["random"]["networks"] > 0
+    assert report["gate"]["needs"] == "torch" and report["gate"]["difference"] < 1e-6
+    assert {p.name for p in found.folder.iterdir()} == {"network.py", "model.safetensors"}
+    assert sum(p.numel() for p in found.model.parameters()) == report["best"]["parameters"]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["best"] == report["best"]
+
+
+def test_a_space_of_transformers_gives_a_folder_of_transformers(tmp_path: Path, text: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = {**QUICK, "steps": 4, "batch": 4, "evaluations": 4, "length": 32}
+    found = search("tiny-llm", str(text), parameters=700_000, method="ofa", out=tmp_path / "run", **options)
+    assert found.report["gate"]["needs"] == "transformers"
+    plain = AutoModelForCausalLM.from_pretrained(found.folder)
+    assert sum(p.numel() for p in plain.parameters()) == found.report["best"]["parameters"] <= 700_000
+    assert plain.config.num_hidden_layers == found.report["setting"]["layers"]
+
+
+def test_from_a_trained_model(tiny: Path, text: Path, tmp_path: Path) -> None:
+    from trimtab import load
+
+    options = {**QUICK, "steps": 6, "batch": 4, "evaluations": 8, "length": 32}
+    whole = describe(data=str(text), model=str(tiny), length=32)
+    most = sum(whole["ranges"]["parameters"][1:]) / 2
+    found = search(
+        None, str(text), model=str(tiny), parameters=most, method="llama-nas", out=tmp_path / "run", **options
+    )
+    report = found.report
+    assert report["best"]["parameters"] <= most and report["gate"]["needs"] in ("transformers", "trimtab")
+    again = load(str(found.folder), kernels=False).model
+    tokens = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        assert torch.allclose(again(tokens).logits, found.model(tokens).logits, atol=1e-5)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_network(tmp_path: Path) -> None:
+    code = "import sys; from trimtab.cli import main; main(sys.argv[1:])"
+    line = ["search", "mobile-cnn", "--size", "200kB", "--steps", "60", "--batch", "16", "--evaluations", "8", "-q"]
+    start = [sys.executable, "-c", code, *line, "--threads", "1", "--out"]
+    for stage in ("training/checkpoint-*", "trials/trials.jsonl"):
+        resume = ["--resume"] if (tmp_path / "cut").exists() else []
+        process = subprocess.Popen([*start, str(tmp_path / "cut"), *resume])
+        while not list((tmp_path / "cut").glob(stage)) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "cut" / "report.json").exists(), "it was over before it was killed"
+    subprocess.run([*start, str(tmp_path / "cut"), "--resume"], check=True)
+    subprocess.run([*start, str(tmp_path / "whole")], check=True)
+    ends = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert ends[0] == ends[1]
+
+
+def test_a_description_is_short(cli: Cli) -> None:
+    said = cli("search", "mobile-cnn", "--describe", "--threads", "1", "-q")
+    assert said.code == 0 and len(said.out.splitlines()) <= 25
+    assert "17,173,512 networks, 21 choices" in said.out and "9 of them, 6 hang on others" in said.out
+    assert all(name in said.out for name in ("parameters", "bytes", "flops", "seconds", "median"))
+
+
+def test_what_is_refused(cli: Cli, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+
+    def refused(code: int, *arguments: str) -> str:
+        said = cli("search", *arguments, "--out", out, "--threads", "1", "-q")
+        assert said.code == code and len(said.err.splitlines()) == 1 and not Path(out).exists(), said
+        return said.err
+
+    assert "nearest takes" in refused(3, "mobile-cnn", "--size", "1kB")
+    assert "no space 'mobil'" in refused(2, "mobil")
+    assert "name one, and not both" in refused(2, "mobile-cnn", "--from", "pocket")
+    assert "trains no elastic network" in refused(2, "mobile-cnn", "--method", "linas")
+    assert "proposes no networks" in refused(2, "mobile-cnn", "--searcher", "ofa")
+    assert "no device profile" in refused(2, "mobile-cnn", "--latency", "5ms", "--device", str(tmp_path / "none.json"))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"machine": "another", "threads": 1, "seconds": {}}))
+    assert "another machine" in refused(2, "mobile-cnn", "--latency", "5ms", "--device", str(other))
+    assert "labels" in refused(2, "mobile-cnn", "--data", str(_npz(tmp_path / "bad.npz", labels=-1)))
+
+
+def _npz(path: Path, labels: int) -> Path:
+    images = np.zeros((20, 1, 8, 8), dtype=np.float32)
+    np.savez(path, images=images, labels=np.full(20, labels))
+    return path
+
+
+def test_a_resumed_run_with_another_space_is_refused(tmp_path: Path) -> None:
+    options = {**QUICK, "steps": 2, "evaluations": 2}
+    search("mobile-cnn", out=tmp_path / "run", budget=Budget.of(size="200kB"), **options)
+    with pytest.raises(UserError, match="knobs"):
+        search("vit", out=tmp_path / "run", budget=Budget.of(size="200kB"), resume=True, **options)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="which is no number"):
+        search("mobile-cnn", budget=Budget.of(size="200kB"), out=tmp_path / "run", **{**QUICK, "rate": 1e18})
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_choices_that_never_matter_are_no_trouble(tmp_path: Path) -> None:
+    space = Space(lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, Choice(2))), "one")
+    assert space.domain.count() == 1
+    with pytest.raises(BudgetError):
+        search("mobile-cnn", budget=Budget.of(size="200kB"), flops=1.0, out=tmp_path / "run", **QUICK)
