@@ -92,38 +92,42 @@ class Elasticity:
         self.passes[str(how)] = teaching.passes
         return supernet.requires_grad_(False)
 
-    def alone(self, genome: Genome, steps: int) -> Supernet:
+    def alone(self, genome: Genome, steps: int, sort: bool = False) -> Supernet:
         """A super-network of which one network was trained."""
         made = method("alone", genome=genome)
         assert isinstance(made, Elastic)
-        return self.trained(made, steps)
+        return self.trained(made, steps, sort)
 
     def error(self, supernet: Supernet, genome: Genome) -> float:
         """The test error of a network."""
         return self.jury.of(supernet, genome)
 
-    def spread(self, count: int, cost: str = "flops") -> list[Genome]:
-        """Networks at so many budgets, evenly from the smallest to the largest: of random ones near each budget the
-        first.
+    def spread(self, count: int, cost: str = "flops", within: Domain | None = None) -> list[Genome]:
+        """Networks at so many budgets, in equal ratios from the smallest to the largest: the nearest of random ones.
+
+        Args:
+            within: what is offered of the domain.
         """
-        rng = Random(self.seed)
-        drawn = sorted({self.domain.random(rng) for _ in range(3000)})
+        rng, domain = Random(self.seed), within or self.domain
+        drawn = sorted({self.domain.genome(domain.setting(domain.random(rng))) for _ in range(3000)})
+        ends = [self.domain.genome(domain.setting(g)) for g in (domain.smallest(), domain.largest())]
         costs = self.costs.price(drawn)[cost]
-        low, high = (float(self.costs.price([g])[cost][0]) for g in (self.domain.smallest(), self.domain.largest()))
-        found = [self.domain.smallest()]
+        low, high = self.costs.price(ends)[cost]
+        found = [ends[0]]
         for i in range(1, count - 1):
             wanted = low * (high / low) ** (i / (count - 1))
             found.append(drawn[int(abs(costs - wanted).argmin())])
-        return [*found, self.domain.largest()]
+        return [*found, ends[1]]
 
 
 def digits_space(seed: int = 0, space: str = "mobile-cnn", **options: Any) -> Elasticity:
     """A named space on scikit-learn's digits."""
-    from trimtab.space import open_space
-    from trimtab.tasks.fresh import image_task
+    from trimtab.space import Space, open_function
+    from trimtab.tasks.fresh import task_of
 
-    task, known = image_task(None)
-    return Elasticity(open_space(space, **known), task, seed=seed, **options)
+    function, name = open_function(space)
+    task, known = task_of(function, None)
+    return Elasticity(Space(function, name, **known), task, seed=seed, **options)
 
 
 def cut_model(model: str, seed: int = 0, length: int = 64, data: str | None = None, **options: Any) -> Elasticity:

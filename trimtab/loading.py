@@ -316,6 +316,7 @@ def read_report(run: str | Path) -> dict[str, Any]:
         report = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged; `trimtab fit ... --resume` writes it again") from error
-    if not isinstance(report, dict) or not {"best", "original", "front", "plan", "sites"} <= set(report):
+    known = {"best", "original", "front", "plan"} <= set(report) if isinstance(report, dict) else False
+    if not known or not {"sites", "networks"} & set(report):
         raise UserError(f"{path} is no report of a fit; `trimtab fit ... --resume` writes it again")
     return report

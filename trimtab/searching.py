@@ -9,7 +9,6 @@ loaded again in a process without Trimtab, and compared.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import shutil
@@ -30,7 +29,7 @@ from trimtab.core.journal import Journal, commit_folder, write_atomic, writing
 from trimtab.core.knob import Domain, Genome
 from trimtab.core.method import Elastic, Searcher, Trial
 from trimtab.core.plan import parse_method
-from trimtab.report.networks import say_cost
+from trimtab.report.say import say_cost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -218,16 +217,14 @@ class Search:
     def ground(self) -> tuple[Maker, Task]:
         """What makes networks, and what they are for."""
         from trimtab.space import Space, open_function
-        from trimtab.tasks.fresh import image_task, text_task
+        from trimtab.tasks.fresh import task_of
 
         if self.source is not None:
             return self._cuts()
         assert self.request.space is not None
         function, name = open_function(self.request.space)
-        wanted = inspect.signature(function).parameters
-        made = text_task if "vocabulary" in wanted else image_task
-        task, known = made(self.request.data, self.request.length if made is text_task else self.request.size)
-        return Space(function, name, **{k: v for k, v in known.items() if k in wanted}), task
+        task, known = task_of(function, self.request.data, self.request.length, self.request.size)
+        return Space(function, name, **known), task
 
     def _cuts(self) -> tuple[Cuts, Task]:
         """The networks that a trained model can be cut to, and its task."""
@@ -502,6 +499,7 @@ class Search:
     def _judged(self, trials: tuple[Trial, ...], chosen: Genome, others: Mapping[str, Genome]) -> Found:
         from trimtab.engine.measure import peak_bytes
         from trimtab.evidence import machine, versions
+        from trimtab.report.page import write_page
         from trimtab.tasks.base import bootstrap
 
         test = self.batch("test", TESTED * self.task.multiple)
@@ -549,6 +547,7 @@ class Search:
         write_atomic(
             self.out / "report.json", lambda p: p.write_text(json.dumps(report, indent=1, default=str), "utf-8")
         )
+        write_page(report, self.out / "report.html")
         return Found(report, model, folder)
 
     def _costs_of(self, genome: Genome) -> dict[str, float]:
@@ -566,6 +565,8 @@ class Search:
         said = f"keeps {best['retained']:.1%} of the largest network's {self.task.metric} at {share:.0%} of its {cost}"
         if "uniform" not in scores:
             return f"{said}; no uniform network is within the limits"
+        if points["uniform"]["plan"] == best["plan"]:
+            return f"{said}; it is the best uniform network within the limits"
         low, high = bootstrap(self.task, scores["best"], scores["uniform"], test.amounts)[2]
         better = low > 0 if self.task.higher else high < 0
         worse = high < 0 if self.task.higher else low > 0

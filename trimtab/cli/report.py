@@ -17,8 +17,13 @@ def command(run: Annotated[Path, typer.Argument(help="folder of the run")], json
     found = read_report(run)
     if json:
         o.print_json(found)
+        return
+    if "networks" in found:
+        from trimtab.report.networks import print_found
+
+        print_found(found)
     else:
         from trimtab.report.text import print_report
 
         print_report(found, sites=True)
-        print(f"\npage with plots: {run / 'report.html'}")
+    print(f"\npage with plots: {run / 'report.html'}")

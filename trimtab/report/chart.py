@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from trimtab.report.say import (
+    NARROW,
     Json,
     finite,
     lower_is_better,
@@ -15,14 +16,16 @@ from trimtab.report.say import (
     point_of,
     safe,
     say,
+    say_cost,
     say_numbers,
-    say_size,
     say_steps,
 )
 
 PLOT_HEIGHT = 320
 _NAMES = {"front": "other fitted plans", "best": "the result", "uniform": "uniform plans", "original": "original"}
 _SINGLE = {"best": "best within the budget", "uniform": "best uniform plan", "original": "original"}
+_LIMITS = {"bytes": "size", "seconds": "latency"}
+_TITLES = {"bytes": "Size", "seconds": "Latency"}
 _KINDS = ("original", "uniform", "front", "best")  # drawn in this order, so that the result lies on top
 
 
@@ -61,16 +64,17 @@ class _Scale:
 
 def front_section(report: Json) -> str:
     """Size against quality; positions are percents across and pixels down, so that text keeps its size on a phone."""
-    points = sorted(_classified(report), key=lambda pair: (_KINDS.index(pair[0]), pair[1]["bytes"]))
+    cost = str(report.get("cost") or "bytes")
+    points = sorted(_classified(report), key=lambda pair: (_KINDS.index(pair[0]), pair[1][cost]))
     if len(points) < 2:
         return ""
     points, paired = _paired(points)
     chosen = next((p for kind, p in reversed(points) if kind == "best"), points[0][1])
     split = chosen.get("split")
     budget = report.get("budget")
-    limit = finite(budget.get("size")) if isinstance(budget, Mapping) else None
+    limit = finite(budget.get(_LIMITS.get(cost, cost))) if isinstance(budget, Mapping) else None
     everyone = [point for _, point in points]
-    x = _Scale([p["bytes"] for p in everyone] + ([limit] if limit else []), 0.06, 2.5)
+    x = _Scale([p[cost] for p in everyone] + ([limit] if limit else []), 0.06, 2.5)
     spread = [v for p in everyone for k in ("value", "low", "high") if (v := finite(p.get(k))) is not None]
     y = _Scale(spread, 0.1, 5)
     down = lower_is_better(report)
@@ -85,29 +89,29 @@ def front_section(report: Json) -> str:
     ink = [f'<line class="grid" x1="0" x2="100%" y1="{height(t)}" y2="{height(t)}"/>' for t in y.ticks()]
     ink += [f'<text class="tick" x="-8" y="{height(t) + 4}" text-anchor="end">{say(t)}</text>' for t in y.ticks()]
     ink += [
-        f'<text class="tick" x="{across(t)}" y="{PLOT_HEIGHT + 20}" text-anchor="middle">{safe(say_size(t))}</text>'
+        f'<text class="tick" x="{across(t)}" y="{PLOT_HEIGHT + 20}" text-anchor="middle">{safe(_said(cost, t))}</text>'
         for t in x.ticks(4)
     ]
     ink.append(f'<line class="axis" x1="0" x2="100%" y1="{PLOT_HEIGHT}" y2="{PLOT_HEIGHT}"/>')
     if limit:
-        at, text = across(limit), safe(say_size(limit))
+        at, text = across(limit), safe(_said(cost, limit))
         ink.append(f'<line class="limit" x1="{at}" x2="{at}" y1="0" y2="{PLOT_HEIGHT}"/>')
         ink.append(f'<text class="note" x="{at}" y="-8" text-anchor="middle">budget {text}</text>')
-    for here, there in pairwise(_undominated(points, down)):
-        a, b, level, end = across(here["bytes"]), across(there["bytes"]), height(here["value"]), height(there["value"])
+    for here, there in pairwise(_undominated(points, down, cost)):
+        a, b, level, end = across(here[cost]), across(there[cost]), height(here["value"]), height(there["value"])
         ink.append(f'<line class="step" x1="{a}" x2="{b}" y1="{level}" y2="{level}"/>')
         ink.append(f'<line class="step" x1="{b}" x2="{b}" y1="{level}" y2="{end}"/>')
     for kind, point in points:
-        ink.append(_mark(kind, point, across(point["bytes"]), height, metric_of(report), point is chosen))
-    metric = safe(metric_of(report))
+        ink.append(_mark(kind, point, across(point[cost]), height, metric_of(report), point is chosen))
+    metric, title = safe(metric_of(report)), safe(_TITLES.get(cost, cost.capitalize()))
     kinds = {kind for kind, _ in points}
     keys = "".join(f'<span><i class="mark {k}"></i>{_NAMES[k]}</span>' for k in _NAMES if k in kinds)
     logarithmic = ", logarithmic" if y.log else ""
     return f"""<section aria-labelledby="h-front">
-<h2 id="h-front">Size against quality</h2>
+<h2 id="h-front">{title} against quality</h2>
 <p class="lead">{metric}{f" on the {safe(split)} data" if split else ""}, better upwards{logarithmic}, with
 95 % intervals{" of the paired difference from the original" if paired else ""}. Choose a point to read its plan.</p>
-<div class="plot"><svg id="front" height="{PLOT_HEIGHT}" role="group" aria-label="Size against {metric}">
+<div class="plot"><svg id="front" height="{PLOT_HEIGHT}" role="group" aria-label="{title} against {metric}">
 {"".join(ink)}</svg></div>
 <p class="keys">{keys}</p>
 <div class="chosen" aria-live="polite"><h3 id="chosen-name">{safe(chosen.get("name") or "chosen")}</h3>
@@ -122,10 +126,11 @@ def _classified(report: Json) -> list[tuple[str, Json]]:
     The front is measured on the data of the search and the verdict on data that it never saw: two scales.
     """
     best, uniform = point_of(report, "best"), point_of(report, "uniform")
+    cost = str(report.get("cost") or "bytes")
     plans = {"best": report.get("plan") or best.get("plan"), "uniform": uniform.get("plan")}
     found: list[tuple[str, Json]] = []
     for point in report.get("front") or ():
-        if isinstance(point, Mapping) and _drawable(point):
+        if isinstance(point, Mapping) and _drawable(point, cost):
             kind = next((k for k, plan in plans.items() if plan and point.get("plan") == plan), "front")
             kind = "uniform" if kind == "front" and point.get("family") == "uniform" else kind
             found.append(("original" if point.get("name") == "original" else kind, point))
@@ -135,7 +140,7 @@ def _classified(report: Json) -> list[tuple[str, Json]]:
     splits = {point.get("split") for _, point in found}
     for key in ("original", "uniform", "best"):
         point = point_of(report, key)
-        if _drawable(point) and splits <= {point.get("split")} and key not in {kind for kind, _ in found}:
+        if _drawable(point, cost) and splits <= {point.get("split")} and key not in {kind for kind, _ in found}:
             found.append((key, {"name": _SINGLE[key]} | ({"plan": plans[key]} if key in plans else {}) | dict(point)))
     return found
 
@@ -158,17 +163,21 @@ def _paired(points: list[tuple[str, Json]]) -> tuple[list[tuple[str, Json]], boo
     return moved, True
 
 
-def _undominated(points: list[tuple[str, Json]], lower: bool) -> list[Json]:
+def _undominated(points: list[tuple[str, Json]], lower: bool, cost: str) -> list[Json]:
     """From small to large, the fitted points that are better than every smaller one."""
     kept: list[Json] = []
-    for point in sorted((p for kind, p in points if kind in ("front", "best")), key=lambda p: p["bytes"]):
+    for point in sorted((p for kind, p in points if kind in ("front", "best")), key=lambda p: p[cost]):
         if not kept or ((point["value"] < kept[-1]["value"]) == lower and point["value"] != kept[-1]["value"]):
             kept.append(point)
     return kept
 
 
-def _drawable(point: Json) -> bool:
-    count = finite(point.get("bytes"))
+def _said(cost: str, value: float) -> str:
+    return say_cost(cost, value).replace(" ", NARROW)
+
+
+def _drawable(point: Json, cost: str) -> bool:
+    count = finite(point.get(cost))
     return count is not None and count > 0 and finite(point.get("value")) is not None
 
 

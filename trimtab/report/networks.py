@@ -6,22 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.core.budget import say_bytes
-
-
-def say_cost(name: str, value: float) -> str:
-    """A cost for a reader.
-
-    >>> say_cost("seconds", 0.0042), say_cost("flops", 4.2e6), say_cost("bytes", 4.2e6)
-    ('4.2 ms', '4.2 M', '4.2 MB')
-    """
-    if name == "seconds":
-        return f"{1000 * value:.3g} ms"
-    if name == "bytes":
-        return say_bytes(value)
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
+from trimtab.report.say import say_cost
 
 
 def print_found(found: Mapping[str, Any]) -> None:
@@ -30,10 +15,11 @@ def print_found(found: Mapping[str, Any]) -> None:
     print(
         f"{found['networks']:,} networks in {found['space']}; {found['trials']} scored, {found['steps']} steps trained"
     )
+    units = {"seconds": "", "bytes": ""}
     for name, title in (("original", "largest"), ("uniform", "best uniform"), ("best", "result")):
         point = found[name]
         if point is not None:
-            spent = ", ".join(f"{say_cost(n, point[n])} {n}" for n in found["ranges"])
+            spent = ", ".join(f"{say_cost(n, point[n])} {units.get(n, n)}".strip() for n in found["ranges"])
             print(
                 f"{title:13} {point['metric']} {point['value']:.4g} [{point['low']:.4g}, {point['high']:.4g}]  {spent}"
             )

@@ -130,8 +130,9 @@ def _header(report: Json) -> str:
     )
     said = str(report.get("verdict") or "")
     verdict = f'<p class="verdict" id="verdict">{safe(said[:1].upper() + said[1:])}</p>' if said else ""
+    job = "search" if "networks" in report else "fit"
     return f"""<header>
-<p class="eyebrow">Trimtab fit{f" · budget: <span>{safe(budget)}</span>" if budget else ""}</p>
+<p class="eyebrow">Trimtab {job}{f" · budget: <span>{safe(budget)}</span>" if budget else ""}</p>
 <h1>{safe(report.get("model") or "model")}</h1>
 {verdict}
 {f'<dl class="tiles">{cards}</dl>' if cards else ""}
@@ -179,6 +180,8 @@ def _comparison(report: Json) -> str:
             (say(point.get("value")), say_interval(point)),
             (say_percent(point.get("retained")), _change(point)),
         )
+        if key == "original" and "networks" in report:
+            name = "Largest network"
         rows.append(
             f'<tr class="{key}"><th scope="row"><i class="mark {key}"></i>{name}</th>'
             + "".join(f"<td>{safe(large)}<small>{safe(small)}</small></td>" for large, small in cells)

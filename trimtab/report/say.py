@@ -41,6 +41,22 @@ def say_size(value: Any) -> str:
     return "–" if number is None else say_bytes(number).replace(" ", NARROW)
 
 
+def say_cost(name: str, value: float) -> str:
+    """A cost for a reader.
+
+    >>> say_cost("seconds", 0.0042), say_cost("flops", 4.2e6), say_cost("bytes", 4.2e6)
+    ('4.2 ms', '4.2 M', '4.2 MB')
+    """
+    if name == "seconds":
+        return f"{1000 * value:.3g} ms"
+    if name == "bytes":
+        return say_bytes(value)
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
 def say_percent(value: Any) -> str:
     number = finite(value)
     return "–" if number is None else f"{100 * number:.1f}{NARROW}%"

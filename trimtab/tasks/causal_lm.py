@@ -39,7 +39,7 @@ class CausalLM(Task):
         return Batch({"input_ids": tokens[pick]}, labels, self.sizes[split][pick])
 
     def pick(self, output: Any, labels: Tensor) -> Tensor:
-        logits = output.logits
+        logits = getattr(output, "logits", output)
         return logits[:, :-1][labels[:, 1:] != -100]
 
     def targets(self, labels: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from trimtab.core.errors import UserError
@@ -9,6 +11,17 @@ from trimtab.tasks.base import Task
 from trimtab.tasks.classification import Classification
 
 SIZE = 32  # height and width that images of a folder are resized to, unless told otherwise
+
+
+def task_of(
+    function: Callable[..., Any], data: str | None, length: int = 128, size: int = SIZE
+) -> tuple[Task, dict[str, Any]]:
+    """A task for a space's function on the user's data, and those of its arguments that the data tell: `vocabulary` and
+    `length` of text, which a function that takes a vocabulary is for; `channels`, `classes` and `size` of images.
+    """
+    wanted = inspect.signature(function).parameters
+    task, known = text_task(data, length) if "vocabulary" in wanted else image_task(data, size)
+    return task, {name: value for name, value in known.items() if name in wanted}
 
 
 def text_task(data: str | None, length: int) -> tuple[Task, dict[str, Any]]:
