@@ -22,6 +22,7 @@ from trimtab.core.method import (
     Allocator,
     Cacher,
     Card,
+    Elastic,
     Merger,
     Method,
     Pricer,
@@ -44,6 +45,7 @@ REWRITERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Rewri
 MERGERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Merger)}
 ALLOCATORS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Allocator)}
 PRICERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Pricer)}
+ELASTICS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Elastic)}
 SEARCHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Searcher)}
 CACHERS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Cacher)}
 

@@ -10,6 +10,7 @@ import re
 from functools import cache
 from math import fsum
 from pathlib import Path
+from random import Random
 from typing import Any, get_args
 
 import pytest
@@ -18,6 +19,7 @@ from battery import (
     ALLOCATORS,
     CACHERS,
     CASES,
+    ELASTICS,
     EXAMPLES,
     MERGERS,
     METHODS,
@@ -589,3 +591,66 @@ def test_a_cacher_stores_what_it_was_given_nearly_and_the_same_twice(name: str, 
         assert 0 < stored.nbytes < sum(2 * t.numel() for t in given), "it takes no fewer bytes than 16 bits do"
         first = cacher.store(*(t[:1] for t in given)).dense()
         assert all(torch.equal(a, b[:1]) for a, b in zip(first, stored.dense(), strict=True)), "sequences mix"
+
+
+# ---- elastic training
+
+
+@cache
+def _supernet(name: str) -> Any:
+    from trimtab.engine.elastic import Supernet
+    from trimtab.space import open_space
+
+    return Supernet(open_space(name))
+
+
+@pytest.mark.parametrize("space", ["mobile-cnn", "vit"])
+@pytest.mark.parametrize("name", ELASTICS)
+def test_a_curriculum_names_networks_of_what_it_offers(name: str, space: str) -> None:
+    from trimtab.core.method import Elastic, Lesson
+
+    made, domain = ELASTICS[name](), _supernet(space).domain
+    assert isinstance(made, Elastic)
+    offered = made.offer(domain)
+    for knob in domain.knobs:
+        places = list(offered.get(knob.name, ()))
+        assert places == sorted(set(places)) and all(0 <= p < len(knob.options) for p in places)
+    assert offered.keys() <= {knob.name for knob in domain.knobs}
+    small = domain.within(offered)
+    for step in (0, 1, 50, 70, 99):
+        lesson = Lesson(domain, offered, step, 100)
+        pupils = made.teach(lesson, Random(step))
+        assert pupils and pupils == made.teach(lesson, Random(step)), "the same step, the same networks"
+        for place, pupil in enumerate(pupils):
+            assert domain.canonical(pupil.genome) == pupil.genome
+            assert small.genome(domain.setting(pupil.genome)), "a network that is not offered"
+            assert pupil.weight > 0 and 0 <= pupil.labels <= 1
+            assert pupil.teacher in (None, "before") or 0 <= pupil.teacher < place  # type: ignore[operator]
+        assert sum(p.weight for p in pupils) == pytest.approx(1)
+        assert isinstance(made.sorts(lesson), bool)
+
+
+@pytest.mark.parametrize("name", ELASTICS)
+def test_a_step_of_a_curriculum_trains_what_its_networks_have_and_nothing_else(name: str) -> None:
+    from trimtab.engine.teaching import Teaching
+
+    made, supernet = ELASTICS[name](), _supernet("vit")
+    supernet.zero_grad()
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    before = {n: p.detach().clone() for n, p in supernet.named_parameters()}
+    teaching = Teaching(supernet, made, {"images": images}, labels, 10)
+    found = [teaching(torch.arange(4), 0)]
+    grads = {n: p.grad.clone() for n, p in supernet.named_parameters() if p.grad is not None}
+    supernet.zero_grad()
+    found.append(Teaching(supernet, made, {"images": images}, labels, 10)(torch.arange(4), 0))
+    assert found[0] == found[1] and found[0][1] == 4 and found[0][0] > 0
+    assert grads and all(torch.equal(grads[n], p.grad) for n, p in supernet.named_parameters() if p.grad is not None)
+    assert all(torch.equal(before[n], p) for n, p in supernet.named_parameters()), "weights move in the optimiser"
+    touched = {place.shared for pupil in _pupils(made, supernet) for place in supernet.network(pupil.genome).parameters}
+    assert {n.replace("/", ".") for n, g in grads.items() if bool(g.any())} <= touched
+
+
+def _pupils(made: Any, supernet: Any) -> Any:
+    from trimtab.core.method import Lesson
+
+    return made.teach(Lesson(supernet.domain, made.offer(supernet.domain), 0, 10), Random(0))

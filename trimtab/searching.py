@@ -27,7 +27,8 @@ from trimtab.core.budget import Budget
 from trimtab.core.errors import BudgetError, UserError
 from trimtab.core.journal import Journal, commit_folder, write_atomic, writing
 from trimtab.core.knob import Domain, Genome
-from trimtab.core.method import Elastic, Searcher, Trial
+from trimtab.core.level import parse_level
+from trimtab.core.method import Elastic, Searcher, Solver, Trial, method
 from trimtab.core.plan import parse_method
 from trimtab.report.say import say_cost
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from trimtab.engine.cuts import Cuts
     from trimtab.engine.elastic import Maker, Supernet
     from trimtab.engine.jury import Jury
+    from trimtab.engine.pressing import Pressed
+    from trimtab.formats.packed import Packed
     from trimtab.models.source import Source
     from trimtab.tasks.base import Task
 
@@ -95,6 +98,7 @@ class Request:
         size: height and width that images of a folder are resized to.
         items: of the forward that costs are for.
         threads: that time is measured with; 0: as torch has them.
+        levels: of compression that each block's matrices may have beside fp32, rounded to nearest; with a model alone.
         device: `here`, or a file of a device profile of this machine.
         seed: of everything random.
     """
@@ -116,6 +120,7 @@ class Request:
     size: int = 32
     items: int = 1
     threads: int = 0
+    levels: tuple[str, ...] = ()
     device: str = "here"
     seed: int = 0
 
@@ -133,6 +138,11 @@ class Request:
         if self.budget.memory is not None:
             raise UserError(
                 "a search knows the limits size, latency, flops, parameters and quality; leave --memory out"
+            )
+        if self.levels and (self.model is None or self.budget.latency is not None):
+            raise UserError(
+                "levels are offered for the blocks of a model (--from), and not with --latency: what is measured here "
+                "computes in fp32 at every level; limit the size, or fit the network that a search finds"
             )
         self.recipe()
 
@@ -226,17 +236,25 @@ class Search:
         task, known = task_of(function, self.request.data, self.request.length, self.request.size)
         return Space(function, name, **known), task
 
-    def _cuts(self) -> tuple[Cuts, Task]:
+    def _cuts(self) -> tuple[Cuts | Pressed, Task]:
         """The networks that a trained model can be cut to, and its task."""
         from trimtab.engine.cuts import Cuts
+        from trimtab.engine.pressing import Pressed
         from trimtab.engine.stream import traced
         from trimtab.tasks.build import task_for
+        from trimtab.tasks.fresh import TRAINED
 
         source = self.source
         assert source is not None
-        task = task_for(source, self.request.data, self.request.length)
+        task = task_for(source, self.request.data, self.request.length, training=TRAINED)
         some = task.batch("calibration", LOOKED, self.request.seed)
-        return Cuts(source.name, source.materialise(), traced(source, some), some.inputs, task.options), task
+        cuts = Cuts(source.name, source.materialise(), traced(source, some), some.inputs, task.options)
+        if not self.request.levels:
+            return cuts, task
+        levels = {str(level): level for level in map(parse_level, self.request.levels)}
+        rounding = method("rtn")
+        assert isinstance(rounding, Solver)
+        return Pressed(cuts, levels, rounding), task
 
     @property
     def maker(self) -> Maker:
@@ -647,11 +665,23 @@ class Search:
         size = sum(p.stat().st_size for p in folder.iterdir())
         return folder, {"needs": needs, "difference": float(difference), "bytes": size}
 
+    def _packed(self, maker: Pressed, genome: Genome) -> dict[str, Packed]:
+        """The network's packed matrices, by the names that its own modules give them."""
+        network = self.supernet.network(genome)
+        paths = {id(module): path for path, module in network.module.named_modules()}
+        found = {}
+        for place in network.parameters:
+            packed = maker.pack(place.shared, self.supernet.part(place), genome)
+            if packed is not None:
+                found[f"{paths[id(place.holder)]}.{place.name}"] = packed
+        return found
+
     def _stored(self, model: Any, genome: Genome, folder: Path) -> str:
         """Write a network: what its folder needs to be loaded, `torch`, `transformers` or, where its blocks differ in
         ways that no configuration says, `trimtab`.
         """
         from trimtab.engine.cuts import Cuts
+        from trimtab.engine.pressing import Pressed
         from trimtab.formats.network_code import write_network
 
         source, maker = self.source, self.maker
@@ -659,19 +689,22 @@ class Search:
         if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
             write_network(model, folder, f"A network of {maker.name}: {self._said(genome)}.")
             return "torch"
-        if isinstance(maker, Cuts):
-            from trimtab.formats.structure import plain_config_changes
+        if isinstance(maker, Cuts | Pressed):
+            from trimtab.formats.structure import flipped, plain_config_changes
             from trimtab.models.artifact import write_artifact
 
             edits = maker.edits(genome)
             changes = plain_config_changes(model, edits)
-            if changes is None:
+            packed = self._packed(maker, genome) if isinstance(maker, Pressed) else {}
+            if changes is None or packed:
                 manifest = {
                     **{"task": self.task.name, "dtype": "fp32", "plan": "", "edits": edits},
                     "source": {"name": maker.name, "hash": source.hash if source is not None else ""},
                 }
-                state = ((n, t.detach()) for n, t in sorted(model.state_dict().items()))
-                write_artifact(folder, state, {}, manifest, sidecars)
+                state = {n: packed.get(n, t.detach()) for n, t in sorted(model.state_dict().items())}
+                turned = {n: flipped(model.get_submodule(n.removesuffix(".weight"))) for n in packed}
+                shapes = {n: (list(model.get_parameter(n).shape), turned[n]) for n in packed}
+                write_artifact(folder, iter(state.items()), shapes, manifest, sidecars)
                 return "trimtab"
             model.config = type(model.config).from_dict({**model.config.to_dict(), **changes})
         model.save_pretrained(folder)

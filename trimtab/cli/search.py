@@ -27,6 +27,7 @@ def command(
     parameters: Annotated[float | None, typer.Option(help="how many at most, like 1e6")] = None,
     quality: Annotated[str | None, typer.Option(help="least share of the largest network's metric, like 98%")] = None,
     device: Annotated[str, typer.Option(help="here, or the file of a device profile of this machine")] = "here",
+    levels: Annotated[str, typer.Option(help="with --from: levels that each block may have, like 8b/row,4b/g64")] = "",
     method: Annotated[
         str, typer.Option(help="how the elastic network is trained, see `trimtab methods --family nas`")
     ] = "sandwich",
@@ -59,7 +60,13 @@ def command(
         **{"model": model, "budget": Budget.of(size=size, latency=latency, quality=quality), "device": device},
         **{"flops": flops, "parameters": parameters, "method": method, "searcher": searcher, "steps": steps},
         **{"evaluations": evaluations, "batch": batch, "rate": rate, "decay": decay, "length": length},
-        **{"size": image_size, "items": items, "threads": threads, "seed": seed},
+        **{
+            "levels": tuple(t for t in levels.split(",") if t),
+            "size": image_size,
+            "items": items,
+            "threads": threads,
+            "seed": seed,
+        },
     }
     with o.progress(quiet or json) as tell:
         if describe:

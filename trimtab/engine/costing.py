@@ -228,13 +228,14 @@ class Costs:
         """Costs of a network by module: parameters, bytes, flops, operations' seconds, operations."""
         found = self._followed.get(places)
         if found is None:
-            found = self._followed[places] = self._read(*self._operations(places))
+            found = self._followed[places] = self._read(places, *self._operations(places))
         return found
 
-    def _operations(self, places: Genome) -> tuple[nn.Module, list[tuple[str, Operation]]]:
+    def _operations(self, places: Genome) -> tuple[nn.Module, dict[str, Any], list[tuple[str, Operation]]]:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        module = self.maker.build(places)[0].eval()
+        module, origins = self.maker.build(places)
+        module.eval()
         recorder = _Recorder()
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is told once, below
         for path, child in module.named_modules():
@@ -265,18 +266,22 @@ class Costs:
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
         self._again.update({k: v for k, v in recorder.again.items() if k not in self._again})
-        return module, recorder.found
+        return module, origins, recorder.found
 
-    def _read(self, module: nn.Module, operations: Iterable[tuple[str, Operation]]) -> dict[str, np.ndarray]:
+    def _read(
+        self, places: Genome, module: nn.Module, origins: Mapping[str, Any], operations: Iterable[tuple[str, Operation]]
+    ) -> dict[str, np.ndarray]:
+        stored = getattr(self.maker, "stored", lambda name, shape, genome: None)
         costs: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(5))
         seen: set[int] = set()
         for path, holder in module.named_modules():
             lasting = {k: v for k, v in holder._buffers.items() if k not in holder._non_persistent_buffers_set}
-            for tensor in (*holder._parameters.values(), *lasting.values()):
+            for name, tensor in (*holder._parameters.items(), *lasting.items()):
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    own = any(tensor is p for p in holder._parameters.values())
-                    costs[path] += (tensor.numel() if own else 0, tensor.numel() * tensor.element_size(), 0, 0, 0)
+                    origin = origins.get(f"{path}.{name}" if path else name)
+                    size = stored(origin, tuple(tensor.shape), places) or tensor.numel() * tensor.element_size()
+                    costs[path] += (tensor.numel() if name in holder._parameters else 0, size, 0, 0, 0)
         for path, operation in operations:
             seconds = self._seconds(operation) if self.timed else 0.0
             costs[path] += (0, 0, operation.flops, seconds, 1)

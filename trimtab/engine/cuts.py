@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.core.coupling import Coupled
 from trimtab.core.errors import UserError
-from trimtab.core.knob import Domain, Genome, Knob
+from trimtab.core.knob import Domain, Genome, Kind, Knob
 from trimtab.core.modelmap import ModelMap
 from trimtab.engine.elastic import called
 from trimtab.formats.cutting import out_dim
@@ -103,17 +103,21 @@ class Cuts:
             name = f"{block or paths[0]}.{'heads' if group.kind == 'heads' else 'width'}"
             while name in self._owner:
                 name += "+"
-            when: tuple[tuple[str, frozenset[int]], ...] = ()
-            if block in self._gone:
-                left = len(self._gone) - self._gone.index(block)
-                when = (("blocks", frozenset(range(left, len(self._gone) + 1))),)
-            knob = Knob(name, options, "heads" if group.kind == "heads" else "width", when)
+            kind: Kind = "heads" if group.kind == "heads" else "width"
+            knob = Knob(name, options, kind, self.hangs(block) if block else ())
             self._owner[name] = group
             if self._runs(knob):
                 knobs.append(knob)
         if not knobs:
             raise UserError(f"nothing in {self.name} can be cut: no channels hang together within a block")
         return Domain(tuple(knobs))
+
+    def hangs(self, block: str) -> tuple[tuple[str, frozenset[int]], ...]:
+        """The condition that a block is there, for knobs that are about it."""
+        if block not in self._gone:
+            return ()
+        left = len(self._gone) - self._gone.index(block)
+        return (("blocks", frozenset(range(left, len(self._gone) + 1))),)
 
     def _runs(self, knob: Knob) -> bool:
         """Whether the model's code follows when a knob is turned down."""

@@ -241,11 +241,13 @@ class Supernet(nn.Module):
         Returns:
             The module, which the next call for this genome gives again, and its parameters in the network's order.
         """
-        network = self.network(genome)
+        network, pressed = self.network(genome), getattr(self.maker, "dense", None)
         views = []
         for place in network.parameters:
             whole = self._tensors[place.shared]
             view = place.of(whole.detach() if leaves else whole)
+            if pressed is not None and not leaves:
+                view = pressed(place.shared, view, genome)
             if leaves and whole.requires_grad:
                 view.requires_grad_(True)
             place.holder._parameters[place.name] = view  # type: ignore[assignment]
@@ -256,6 +258,10 @@ class Supernet(nn.Module):
         for holder, name, number in network.tied:
             holder._parameters[name] = views[number]  # type: ignore[assignment]
         return network.module, views
+
+    def part(self, place: Place) -> Tensor:
+        """A network's part of a shared weight."""
+        return place.of(self._tensors[place.shared].detach())
 
     def gather(self, genome: Genome, views: Iterable[Tensor], factor: float = 1.0) -> None:
         """Add the gradients of a genome's leaves to those of the shared weights."""

@@ -20,7 +20,9 @@ SHARES = {"calibration": 0.6, "search": 0.2, "test": 0.2}  # of the user's own t
 WINDOWS = {"calibration": 512, "search": 256, "test": 1024}  # at most so many are cut
 
 
-def task_for(source: Source, data: str | None = None, length: int = 256, fresh_head: bool = False) -> Task:
+def task_for(
+    source: Source, data: str | None = None, length: int = 256, fresh_head: bool = False, training: int | None = None
+) -> Task:
     """The task of a model on the user's data; without data on text that Python brings along, or on the data of a
     pocket model.
 
@@ -29,6 +31,7 @@ def task_for(source: Source, data: str | None = None, length: int = 256, fresh_h
             a folder with one folder of images a class, or `module:function` that returns {split: (inputs, labels)}.
         length: tokens in a window of text.
         fresh_head: the classes are the data's, whatever a classifier knows: its folders, or numbers from 0.
+        training: most windows of the calibration split, where it is trained on; None: as many as calibration takes.
 
     Raises:
         UserError: the data are missing, empty, binary, too short, or of another kind than the model wants.
@@ -41,7 +44,8 @@ def task_for(source: Source, data: str | None = None, length: int = 256, fresh_h
     vocabulary = int(source.config.get("vocab_size", 0))
     windows, sizes = {}, {}
     for split, documents in _texts(data).items():
-        windows[split], sizes[split] = _windows(documents, tokenizer, length, WINDOWS[split], vocabulary)
+        most = training if training and split == "calibration" else WINDOWS[split]
+        windows[split], sizes[split] = _windows(documents, tokenizer, length, most, vocabulary)
     if source.task == "masked-lm":
         if tokenizer.mask_token_id is None:
             raise UserError(

@@ -10,6 +10,7 @@ from trimtab.core.errors import UserError
 from trimtab.tasks.base import Task
 from trimtab.tasks.classification import Classification
 
+TRAINED = 16_384  # most windows of text that a network is trained on
 SIZE = 32  # height and width that images of a folder are resized to, unless told otherwise
 
 
@@ -30,7 +31,8 @@ def text_task(data: str | None, length: int) -> tuple[Task, dict[str, Any]]:
     from trimtab.tasks.build import task_for
 
     source = open_source("pocket")
-    return task_for(source, data, length), {"vocabulary": int(source.config["vocab_size"]), "length": length}
+    task = task_for(source, data, length, training=TRAINED)
+    return task, {"vocabulary": int(source.config["vocab_size"]), "length": length}
 
 
 def image_task(data: str | None, size: int = SIZE) -> tuple[Task, dict[str, Any]]:
