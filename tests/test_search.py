@@ -201,6 +201,24 @@ def test_from_a_trained_model(tiny: Path, text: Path, tmp_path: Path) -> None:
         assert torch.allclose(again(tokens).logits, found.model(tokens).logits, atol=1e-5)
 
 
+def test_levels_and_widths_share_one_allocation(tiny: Path, text: Path, tmp_path: Path) -> None:
+    from trimtab import load
+
+    options = {**QUICK, "steps": 4, "batch": 4, "evaluations": 12, "length": 32, "levels": ("8b/row", "4b/g32")}
+    budget = Budget.of(size="1.3MB")
+    found = search(None, str(text), model=str(tiny), method="instatune", budget=budget, out=tmp_path / "run", **options)
+    report = found.report
+    levels = {option for name, option in report["setting"].items() if name.endswith(".level")}
+    assert levels <= {"fp32", "8b/row", "4b/g32"} and levels & {"8b/row", "4b/g32"}
+    assert report["best"]["bytes"] <= 1_300_000 < report["original"]["bytes"]
+    tokens = torch.arange(20)[None] + 5
+    stored = (found.folder / "model.safetensors").stat().st_size
+    assert stored <= report["best"]["bytes"] + 20_000, "what is stored is what was priced, and a header"
+    with torch.no_grad():
+        again = load(str(found.folder), kernels=False).model(tokens).logits
+        assert torch.allclose(again, found.model(tokens).logits, atol=1e-4)
+
+
 def test_killed_and_resumed_it_ends_with_the_same_network(tmp_path: Path) -> None:
     code = "import sys; from trimtab.cli import main; main(sys.argv[1:])"
     line = ["search", "mobile-cnn", "--size", "200kB", "--steps", "60", "--batch", "16", "--evaluations", "8", "-q"]
@@ -239,6 +257,7 @@ def test_what_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "name one, and not both" in refused(2, "mobile-cnn", "--from", "pocket")
     assert "trains no elastic network" in refused(2, "mobile-cnn", "--method", "linas")
     assert "proposes no networks" in refused(2, "mobile-cnn", "--searcher", "ofa")
+    assert "levels are offered" in refused(2, "mobile-cnn", "--levels", "4b/g64")
     assert "no device profile" in refused(2, "mobile-cnn", "--latency", "5ms", "--device", str(tmp_path / "none.json"))
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"machine": "another", "threads": 1, "seconds": {}}))

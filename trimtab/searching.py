@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 COSTS = {"size": "bytes", "latency": "seconds", "flops": "flops", "parameters": "parameters"}
 DRAWS = 200_000  # random networks that are priced to see what a budget leaves
+ROUNDS = 12  # times that the searcher is asked
 UNIFORM = 12  # uniform networks that are scored first
 RANDOM = 8  # networks of the same budget that the result is held against
 LINES = 18  # groups of choices that a description shows
@@ -329,11 +330,12 @@ class Search:
         timed = "seconds" in limits or not limits
         threads = self.request.threads or None
         device = None if self.request.device == "here" else Path(self.request.device)
-        return Costs(self.maker, inputs, self.task.options, timed, threads, self.progress, device)
+        told = self.progress, device, self.offered
+        return Costs(self.maker, inputs, self.task.options, timed, threads, *told)
 
     def price(self, genomes: Any) -> dict[str, Any]:
         """Costs of genomes in what is offered."""
-        return self.costs.price([self.whole(g) for g in genomes] if self.offered != self.domain else genomes)
+        return self.costs.price(genomes)
 
     @property
     def main(self) -> str:
@@ -344,15 +346,15 @@ class Search:
     def described(self) -> str:
         """What there is to choose, and what it costs, in some twenty lines."""
         groups: dict[tuple[str, Any, str], list[int]] = {}
-        for i, knob in enumerate(self.domain.knobs):
+        for i, knob in enumerate(self.offered.knobs):
             like = re.sub(r"\d+", "*", knob.name)
             groups.setdefault((like, knob.options, knob.kind), []).append(i)
-        count = self.domain.count()
-        networks = f"{count:,}" if count < 10**12 else f"about 10^{self.domain.log10():.0f}"
-        lines = [f"{self.maker.name}: {networks} networks, {len(self.domain.knobs)} choices"]
+        count = self.offered.count()
+        networks = f"{count:,}" if count < 10**12 else f"about 10^{self.offered.log10():.0f}"
+        lines = [f"{self.maker.name}: {networks} networks, {len(self.offered.knobs)} choices"]
         wide = max(len(like) for like, _, _ in groups)
         for (like, options, kind), places in list(groups.items())[:LINES]:
-            knobs = [self.domain.knobs[i] for i in places]
+            knobs = [self.offered.knobs[i] for i in places]
             hangs = sum(bool(k.when) for k in knobs)
             layers = sum(len(self.costs.hangs.get(i, ())) for i in places)
             said = [f"{len(knobs)} of them"] if len(knobs) > 1 else []
@@ -463,7 +465,8 @@ class Search:
             ("error", self.main),
             request.limits,
             request.evaluations,
-            seed=request.seed,
+            max(1, request.evaluations // ROUNDS),
+            request.seed,
             price=self.price,
             first=self.first,
         )
@@ -541,13 +544,13 @@ class Search:
         folder, gate = self._written(models["best"], self.whole(chosen))
         model = models["best"]
         priced = points["best"].get("seconds")
-        measured = self.costs.measure(self.whole(chosen)) if priced is not None else None
+        measured = self.costs.measure(chosen) if priced is not None else None
         report = {
             **{
                 "space": self.maker.name,
                 "model": self.maker.name,
                 "task": self.task.name,
-                "networks": self.domain.count(),
+                "networks": self.offered.count(),
             },
             **{
                 "budget": self.request.budget.limits()
@@ -701,7 +704,9 @@ class Search:
                     **{"task": self.task.name, "dtype": "fp32", "plan": "", "edits": edits},
                     "source": {"name": maker.name, "hash": source.hash if source is not None else ""},
                 }
+                once = {t.data_ptr(): n for n, t in reversed(model.state_dict().items())}  # tied weights have one name
                 state = {n: packed.get(n, t.detach()) for n, t in sorted(model.state_dict().items())}
+                state = {n: state[n] for n in state if n in once.values()}
                 turned = {n: flipped(model.get_submodule(n.removesuffix(".weight"))) for n in packed}
                 shapes = {n: (list(model.get_parameter(n).shape), turned[n]) for n in packed}
                 write_artifact(folder, iter(state.items()), shapes, manifest, sidecars)
@@ -728,6 +733,6 @@ def describe(
     run = Search(_request(space, data, **options), Path("."), False, progress or (lambda what, done, total: None))
     knobs = [
         {"name": k.name, "kind": k.kind, "options": list(k.options), "when": [[n, sorted(p)] for n, p in k.when]}
-        for k in run.domain.knobs
+        for k in run.offered.knobs
     ]
-    return {"text": run.described(), "networks": run.domain.count(), "knobs": knobs, "ranges": run.costs.ranges}
+    return {"text": run.described(), "networks": run.offered.count(), "knobs": knobs, "ranges": run.costs.ranges}

@@ -176,6 +176,11 @@ def keep(seconds: Mapping[str, float], threads: int) -> Path:
     return path
 
 
+def _origin(module: nn.Module, path: str) -> str:
+    """What a module is called wherever it stands: a model's own name where blocks before it may be gone."""
+    return str(getattr(module, "_origin", path))
+
+
 class Costs:
     """What the networks of a domain cost on inputs of given shapes.
 
@@ -185,6 +190,7 @@ class Costs:
         options: of a forward.
         seconds: also measure time here.
         threads: that time is measured with.
+        within: what is offered of the maker's domain; genomes are then of this domain. None: all of it.
         device: file of a table of operations' seconds; None: the one that is kept for this machine.
         progress: told what is going on.
 
@@ -201,9 +207,12 @@ class Costs:
         threads: int | None = None,
         progress: Progress | None = None,
         device: Path | None = None,
+        within: Domain | None = None,
     ) -> None:
         self.maker, self.inputs, self.options = maker, dict(inputs), dict(options or {})
-        self.domain: Domain = maker.domain
+        self.domain: Domain = within or maker.domain
+        pairs = zip(self.domain.knobs, maker.domain.knobs, strict=True)
+        self._places = [[whole.options.index(option) for option in knob.options] for knob, whole in pairs]
         self.timed, self.threads = seconds, threads or torch.get_num_threads()
         self.progress = progress or (lambda what, done, total: None)
         self.measured: dict[str, float] = table_of(self.threads, device) if seconds else {}
@@ -224,6 +233,10 @@ class Costs:
 
     # ---- one network
 
+    def _whole(self, places: Genome) -> Genome:
+        """The places in the maker's own domain."""
+        return tuple(mine[p] for mine, p in zip(self._places, places, strict=True))
+
     def _follow(self, places: Genome) -> dict[str, np.ndarray]:
         """Costs of a network by module: parameters, bytes, flops, operations' seconds, operations."""
         found = self._followed.get(places)
@@ -234,12 +247,12 @@ class Costs:
     def _operations(self, places: Genome) -> tuple[nn.Module, dict[str, Any], list[tuple[str, Operation]]]:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        module, origins = self.maker.build(places)
+        module, origins = self.maker.build(self._whole(places))
         module.eval()
         recorder = _Recorder()
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is told once, below
         for path, child in module.named_modules():
-            parent = path.rpartition(".")[0]
+            path, parent = _origin(child, path), _origin(module.get_submodule(path.rpartition(".")[0]), "")
             child.register_forward_pre_hook(lambda *_, p=path: setattr(recorder, "path", p))
             child.register_forward_hook(lambda *_, p=parent: setattr(recorder, "path", p))
         try:
@@ -275,13 +288,17 @@ class Costs:
         costs: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(5))
         seen: set[int] = set()
         for path, holder in module.named_modules():
+            at = _origin(holder, path)
             lasting = {k: v for k, v in holder._buffers.items() if k not in holder._non_persistent_buffers_set}
             for name, tensor in (*holder._parameters.items(), *lasting.items()):
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     origin = origins.get(f"{path}.{name}" if path else name)
-                    size = stored(origin, tuple(tensor.shape), places) or tensor.numel() * tensor.element_size()
-                    costs[path] += (tensor.numel() if name in holder._parameters else 0, size, 0, 0, 0)
+                    size = (
+                        stored(origin, tuple(tensor.shape), self._whole(places))
+                        or tensor.numel() * tensor.element_size()
+                    )
+                    costs[at] += (tensor.numel() if name in holder._parameters else 0, size, 0, 0, 0)
         for path, operation in operations:
             seconds = self._seconds(operation) if self.timed else 0.0
             costs[path] += (0, 0, operation.flops, seconds, 1)
@@ -398,7 +415,7 @@ class Costs:
 
     def measure(self, genome: Genome, seconds: float = 0.3) -> float:
         """Seconds of a forward of a network with weights drawn anew, measured here."""
-        module = self.maker.build(genome, meta=False)[0].eval()
+        module = self.maker.build(self._whole(genome), meta=False)[0].eval()
         with threads_set(self.threads), torch.no_grad():
             return timed(lambda: called(module, self.inputs, self.options), seconds, self.threads)[0]
 

@@ -140,6 +140,8 @@ class Cuts:
         """The network of a genome, and the model's own name for each of its tensors."""
         module = copy.deepcopy(self._skeleton if meta else self.model)
         before = {id(m): path for path, m in module.named_modules()}
+        for part in module.modules():
+            part._origin = before[id(part)]  # type: ignore[assignment]
         self._cut(module, genome)
         found = {}
         for path, holder in module.named_modules():
