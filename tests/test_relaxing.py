@@ -75,10 +75,8 @@ def test_votes_and_weights_move_and_only_when_they_may(name: str) -> None:
 @each
 def test_the_same_choice_is_one_vote_wherever_it_stands(name: str) -> None:
     search = relaxed(name)
-    mixed = [m for m in search.network.modules() if "vote" in m._modules and type(m) is not Weighted] or [
-        m for m in search.network.modules() if isinstance(m, Weighted)
-    ]
-    assert len({id(m.vote) for m in mixed}) == len(search.votes) == len(search.space.domain.knobs)
+    mixed: list[Any] = [block for _, block, _, _ in search._made]
+    assert len({id(block.vote) for block in mixed}) == len(search.votes) == len(search.space.domain.knobs)
     if name not in SPACES:
         assert len(mixed) == 2 * len(search.votes), "two cells"
 
