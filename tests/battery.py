@@ -66,6 +66,7 @@ STATISTICS = {
     "ask": {"rng", "price", "identity"},
     "offer": set(),
     "build": set(),
+    "choose": {"harm", "take", "rng"},
 }
 
 

@@ -23,6 +23,7 @@ from trimtab.arch.vovnet import OneShotAggregation, VoVNet
 from trimtab.core.errors import UserError
 from trimtab.core.method import Architecture
 from trimtab.parts.convolving import ConvNorm, with_norm
+from trimtab.tasks.contest import forward, in_turns, multi_head, operations, touched
 
 BLOCKS = {name: cls for name, cls in METHODS.items() if issubclass(cls, Architecture)}
 each_block = pytest.mark.parametrize("name", BLOCKS)
@@ -252,3 +253,33 @@ def test_unireplknet_is_a_mixer_a_gate_and_a_normed_mlp() -> None:
     assert torch.allclose(block(x), x + block.scale * block.down(normed), atol=1e-5)
     with pytest.raises(UserError, match="side 6"):
         UniRepLKNet(kernel=6).build(8, 8)
+
+
+def test_a_contest_counts_what_a_forward_does() -> None:
+    net, x = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.ReLU()), images(2, (4, 5), 1)
+    assert operations(net, x) == 2 * 3 * 4 * 5 * 2 * 9
+    assert touched(net, x) == 4 * (2 * 20 + 3 * 20 + 3 * 2 * 9)
+    seen = touched(nn.Sequential(net, nn.Conv2d(3, 1, 1)), x)
+    assert seen == touched(net, x) + 4 * (3 * 20 + 20 + 3 + 1)
+
+
+def test_runs_take_turns_and_the_longer_one_takes_longer() -> None:
+    order: list[str] = []
+
+    def run(name: str, turns: int) -> None:
+        order.append(name)
+        sum(range(turns))
+
+    times = in_turns({"short": lambda: run("short", 100), "long": lambda: run("long", 300_000)}, rounds=3)
+    assert order == ["short", "long"] * 4 and times["long"] > times["short"] > 0
+    net = nn.Conv2d(2, 2, 1)
+    assert not forward(net, images(2, (3, 3)))().requires_grad  # type: ignore[attr-defined]
+
+
+def test_the_baseline_of_attention_is_attention_and_feed_forward() -> None:
+    block: Any = shaken(multi_head(8, 2, 2)).eval()
+    x = images(8, (3, 4))
+    q, k, v = (t.unflatten(1, (2, 4)).transpose(2, 3) for t in block.qkv(block.norms[0](x)).flatten(2).split(8, 1))
+    mixed = functional.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(3, 8, 3, 4)
+    y = x + block.out(mixed)
+    assert torch.allclose(block(x), y + block.mlp(block.norms[1](y)), atol=1e-5)

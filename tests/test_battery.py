@@ -67,6 +67,7 @@ from trimtab.core.method import (
     Optimiser,
     Policy,
     Pricer,
+    Relaxer,
     Rewriter,
     Searcher,
     Solver,
@@ -80,7 +81,7 @@ from trimtab.formats.packed import Packed, tensor_names
 
 LEVELLESS = (
     *(Allocator, Pricer, Cacher, Merger, Joiner, Objective, Optimiser, Estimator, Policy, Searcher, Elastic),
-    Architecture,
+    *(Architecture, Relaxer),
 )
 ENTRIES = 391  # rows of the catalogue of papers
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+Mix = Callable[[str, Sequence[Callable[..., Any]], tuple[Any, ...]], Any]
 Where = tuple[Any, ...]  # scope, chain of calls, and how many times before in this scope
 MOST = 4096  # options of all knobs together; each is tried once
 
@@ -77,7 +78,7 @@ def OneOf(*makers: Callable[..., Any], name: str = "") -> Callable[..., Any]:
     place = _decide("block", makers, name)
     if build is None:
         return makers[place]
-    return build.maker(makers[place], place)
+    return build.maker(makers[place], place) if build.mix is None else build.mixed(makers)
 
 
 def pieces(module: nn.Module, *, inputs: Sequence[int] = (), outputs: Sequence[int] = ()) -> nn.Module:
@@ -95,6 +96,8 @@ class Build:
     Fields:
         places: name -> place of each knob's option; others stand at their last.
         meta: parameters are made without memory.
+        mix: is given a name, a maker for each option of an `OneOf`, and what they are called with, and gives the block
+            that stands for all of them; None: one option is made.
         knobs: found on the way, in order.
         made: identity of a parameter or buffer -> where it was made.
     """
@@ -102,6 +105,7 @@ class Build:
     names: dict[Where, str]
     places: Mapping[str, int]
     meta: bool = True
+    mix: Mix | None = None
     knobs: dict[str, Knob] = field(default_factory=dict)
     made: dict[int, Where] = field(default_factory=dict)
     scope: list[tuple[str, Any, tuple[tuple[str, frozenset[int]], ...]]] = field(default_factory=list)
@@ -167,6 +171,13 @@ class Build:
                 return make(*args, **kwargs)
 
         return made
+
+    def mixed(self, makers: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+        """What makes the block that stands for all options, each made inside of its own scope."""
+        name, mix = self._last, self.mix
+        assert mix is not None
+        options = [self.maker(make, place) for place, make in enumerate(makers)]
+        return lambda *args: mix(name, options, args)
 
     def registered(self, module: nn.Module, name: str, value: Any) -> Any:
         """Hook of torch for every parameter and buffer that a module is given."""
@@ -285,6 +296,10 @@ class Space:
         """The network of a genome, and where each of its parameters and buffers was made."""
         places = {knob.name: place for knob, place in zip(self.domain.knobs, genome, strict=True)}
         return self._built(places, meta)[:2]
+
+    def mixed(self, mix: Mix) -> nn.Module:
+        """The network in which each block of an `OneOf` is what `mix` makes of all options; all else at its largest."""
+        return _call(Build(self._names, {}, meta=False, mix=mix), lambda: self._function(**self.arguments))
 
     def _built(self, places: Mapping[str, int], meta: bool = True) -> tuple[nn.Module, dict[str, Where], Build]:
         from torch import nn

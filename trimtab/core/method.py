@@ -474,6 +474,42 @@ class Elastic(Method):
         return False
 
 
+class Relaxer(Method):
+    """`choose(votes, *, ...) -> {name: place}`: which option each choice of blocks takes, after a training of all of
+    them in one network.
+
+    `mix` makes the block that stands for the options, and `weigh` says what the numbers of the choice minimise. The
+    engine alternates steps of the weights, on one half of the data, and of the votes, on the other; a relaxer whose
+    votes are trained as weights are, and with them, is not `bilevel`. A vote is a module with these:
+
+    - `architecture()`: its parameters;
+    - `weights()`: how much of each option there is, `[options]`, with a gradient for them;
+    - `draw(rng, learning)`: is called before each step of the weights, or of the votes (`learning`);
+    - `settle()`: is called after each step of the votes.
+
+    Keyword-only parameters: `harm`, a callable of a vote's name and a place, or None for all options, that gives the
+    loss on the votes' data without them; `take`, a callable of a name and a place, or None for no option, that fixes a
+    choice in the network and trains on for a while.
+    """
+
+    verb = "choose"
+    bilevel: ClassVar[bool] = True
+    warmup: ClassVar[float] = 0.0
+    """Share of the steps in which the votes do not move yet."""
+
+    @abstractmethod
+    def mix(self, makers: Sequence[Callable[..., nn.Module]], given: tuple[Any, ...], vote: Any = None) -> nn.Module:
+        """The block for all options, its vote as `vote`; one is given where the same choice stands elsewhere too."""
+
+    @abstractmethod
+    def weigh(self, loss: Tensor, seconds: Tensor, plain: float) -> Tensor:
+        """What is minimised: from the loss, the blocks' seconds as the votes stand, and those where they began."""
+
+    @abstractmethod
+    def choose(self, votes: Mapping[str, Any], **given: Any) -> dict[str, int | None]:
+        """The place of each choice; None for no option, where a sum goes on without it."""
+
+
 class Architecture(Method):
     """`build(inputs, outputs) -> nn.Module`: a block of a network, for images `[n, inputs, h, w]`.
 
@@ -505,7 +541,7 @@ class Cacher(Method):
 
 _VERBS = (
     *(Solver, Rewriter, Merger, Joiner, Allocator, Pricer, Wrapper),
-    *(Optimiser, Estimator, Objective, Policy, Cacher, Searcher, Elastic, Architecture),
+    *(Optimiser, Estimator, Objective, Policy, Cacher, Searcher, Elastic, Relaxer, Architecture),
 )
 VERBS: dict[str, type[Method]] = {cls.verb: cls for cls in _VERBS}
 
