@@ -53,6 +53,10 @@ def a_report(**changes: Any) -> dict[str, Any]:
         **{"versions": {"torch": "2.13.0"}, "data": {"held-out": {"sha256": "60303ae2"}}},
         "compiled": point(2_190_000, 18.8, 0.962, to_exact=[0.02, 0.15], engine="vnni kernels", reason=None),
         **{"timings": {"probe": 101.0, "apply": 38.2}},
+        "healing": {
+            **{"steps": 100, "sites": 9, "trained": 12_345, "loss": [0.31, 0.22], "damage": [0.052, 0.041]},
+            **{"kept": True, "reason": None, "before": point(2_190_000, 19.3, 0.938, healed=[-0.8, -0.4])},
+        },
     }
     return {key: value for key, value in (whole | changes).items() if value is not ...}
 
@@ -107,6 +111,21 @@ def test_the_compiled_program_stands_beside_exact_arithmetic() -> None:
     assert "The same in the compiled program" in text and "+0.02 to +0.15 beside exact arithmetic" in text
     text = page(a_report(compiled={"reason": "no program runs this model here: it has <b>"}))
     assert "The same in" not in text and "it has &lt;b&gt;." in text and balanced(text)
+
+
+def test_healing_stands_with_the_point_before_it_or_with_why_there_was_none() -> None:
+    text = page(a_report())
+    assert "The same before healing" in text and "19.3" in text and "93.8" in text
+    assert "Healed in 100 steps: 12,345 stored numbers of 9 sites" in text and "0.31 to 0.22" in text
+    assert "damage on the search data from 0.052 to 0.041" in text and "changed by -0.8 to -0.4, 95 % paired" in text
+    whole = a_report()["healing"]
+    text = page(a_report(healing=whole | {"kept": False, "before": None}))
+    assert "before healing" not in text and "left out, as the damage did not fall" in text and balanced(text)
+    text = page(
+        a_report(healing={"steps": 5, "sites": 0, "kept": False, "reason": "no weight <b> can", "before": None})
+    )
+    assert "Nothing was healed: no weight &lt;b&gt; can." in text and "Healed" not in text and balanced(text)
+    assert "ealed" not in page(a_report(healing=None))
 
 
 def test_an_empty_report_is_a_page() -> None:

@@ -16,7 +16,9 @@ import torch
 from conftest import Said
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimtab.adapting import adapt
 from trimtab.core.errors import BudgetError, UserError
+from trimtab.report.events import Events
 from trimtab.training import train
 
 Cli = Callable[..., Said]
@@ -116,6 +118,47 @@ def test_parts_of_a_training_go_together(options: dict[str, Any], tiny: Path, da
         assert made.report["verdict"] == "better"
     if "form" in options:
         assert made.report["weight_bytes"] < 0.95 * plain.num_parameters() * 4
+
+
+@pytest.mark.parametrize("verb", ["adapt", "train"])
+def test_curves_are_written_for_tensorboard_while_it_trains(
+    verb: str, tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    run: Any = adapt if verb == "adapt" else train
+    options = {"steps": 6, "batch": 2, "length": 32, "every": 2, "tensorboard": True, "out": tmp_path / "run"}
+
+    def cut(self: Events, row: Any) -> None:
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+        whole(self, row)
+
+    whole = Events.row
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Events, "row", cut)
+        run(str(tiny), str(data), **options)
+    report = run(str(tiny), str(data), resume=True, **options).report
+    found = reader(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "train-log.jsonl").read_text().splitlines()]
+    for name in ("loss", "norm", "rate"):
+        scalars = found.Scalars(f"train/{name}")
+        assert [s.step for s in scalars] == [1, 2, 3, 4, 5, 6]
+        assert [s.value for s in scalars] == pytest.approx([row[name] for row in rows], rel=1e-6)
+    metric = found.Scalars(f"held-out/{report['metric']}")
+    assert [(s.step, s.value) for s in metric] == [
+        (0, pytest.approx(report["before"]["value"])),
+        (6, pytest.approx(report["after"]["value"])),
+    ]
+
+
+@pytest.mark.parametrize("verb", ["adapt", "train"])
+def test_without_tensorboard_it_is_said_before_anything_runs(
+    verb: str, tiny: Path, data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said = cli(verb, tiny, "--data", data, "--tensorboard", "--out", tmp_path / "run")
+    assert said.code == 2 and "pip install 'trimtab[tensorboard]'" in said.err and not (tmp_path / "run").exists()
 
 
 def test_memory_is_kept_or_refused_with_what_would_fit(tiny: Path, data: Path, tmp_path: Path) -> None:

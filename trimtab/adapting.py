@@ -51,6 +51,7 @@ class Asked:
     pack: bool
     skip_bad: bool
     fresh_head: bool
+    tensorboard: bool
     seed: int
 
     def recipe(self) -> Recipe:
@@ -76,6 +77,7 @@ class Request(Asked):
         length: tokens of a window.
         pack, skip_bad: see `tasks.examples`.
         fresh_head: of a classifier: forget the classes that it knows, and train a head for the data's.
+        tensorboard: write the curves for TensorBoard too, into the run's folder `tensorboard`.
         dtype: what the frozen weights are held and computed in: `fp32` or `bf16`; what is trained is fp32.
         steps, batch, rate, decay, every, seed: see `engine.train.Recipe`.
     """
@@ -90,6 +92,7 @@ class Request(Asked):
     pack: bool = True
     skip_bad: bool = False
     fresh_head: bool = False
+    tensorboard: bool = False
     dtype: str = "fp32"
     steps: int = 100
     batch: int = 4
@@ -479,8 +482,10 @@ class _Job:
         from trimtab.engine.measure import peak_bytes
         from trimtab.engine.memory import FRUGAL, keep_freed_memory
         from trimtab.engine.train import train
+        from trimtab.report.events import Events
 
         request = self.request
+        events = Events(self.out / "tensorboard") if request.tensorboard else None
         if request.memory is not None:
             keep_freed_memory(FRUGAL)
         base = open_base(request.model, request.dtype, request.length)
@@ -507,6 +512,7 @@ class _Job:
             resume=self.resume,
             identity=identity,
             progress=self.progress,
+            log=events.row if events else None,
         )
         after = scored(base.model, data)
         about: dict[str, Any] = {
@@ -537,6 +543,8 @@ class _Job:
             **{"peak_bytes": peak_bytes(), "loss": done.log[-1]["loss"] if done.log else None},
             **{"seconds": time.perf_counter() - self.started},
         }
+        if events:
+            events.close(report)
         write_atomic(self.out / "report.json", lambda p: p.write_text(json.dumps(report, indent=1), "utf-8"))
         return Adapted(report, base.model.eval(), folder)
 

@@ -52,6 +52,7 @@ class Request(Asked):
         length: tokens of a window.
         pack, skip_bad: see `tasks.examples`.
         fresh_head: of a classifier: forget the classes that it knows, and train a head for the data's.
+        tensorboard: write the curves for TensorBoard too, into the run's folder `tensorboard`.
         steps, batch, rate, decay, every, seed: see `engine.train.Recipe`.
     """
 
@@ -68,6 +69,7 @@ class Request(Asked):
     pack: bool = True
     skip_bad: bool = False
     fresh_head: bool = False
+    tensorboard: bool = False
     steps: int = 100
     batch: int = 4
     rate: float = 1e-3
@@ -150,7 +152,9 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     from trimtab.parts.integer_weight import hold, release
     from trimtab.parts.sparse_factors import SparseFactors
     from trimtab.parts.stepping import Stepping
+    from trimtab.report.events import Events
 
+    events = Events(out / "tensorboard") if request.tensorboard else None
     started = time.perf_counter()
     if request.memory is not None:
         keep_freed_memory(FRUGAL)
@@ -178,6 +182,7 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
         resume=resume,
         identity={k: getattr(request, k) for k in asked} | {"hash": base.hash, "data": data.hash},
         progress=progress,
+        log=events.row if events else None,
     )
     after = scored(base.model.requires_grad_(True), data)
     folder, weights = out / "model", sum(t.untyped_storage().nbytes() for t in trained)
@@ -198,6 +203,8 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
         **{"folder": str(folder), "bytes": size, "saved_bytes": done.saved_bytes, "peak_bytes": peak_bytes()},
         **{"loss": done.log[-1]["loss"] if done.log else None, "seconds": time.perf_counter() - started},
     }
+    if events:
+        events.close(report)
     write_atomic(out / "report.json", lambda p: p.write_text(json.dumps(report, indent=1), "utf-8"))
     return TrainedModel(report, base.model.eval(), folder)
 

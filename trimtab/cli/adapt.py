@@ -35,6 +35,7 @@ def command(
     every: Annotated[int, typer.Option(min=0, help="steps between two checkpoints; 0: one at the end")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the run; by default runs/<model>-adapted")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write curves for TensorBoard into --out")] = False,
     seed: o.Seed = 0,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -45,6 +46,7 @@ def command(
     asked: dict[str, Any] = {
         **{"memory": memory, "steps": steps, "batch": batch, "rate": rate, "length": length, "pack": pack},
         **{"skip_bad": skip_bad, "fresh_head": fresh_head, "dtype": dtype, "every": every, "seed": seed},
+        "tensorboard": tensorboard,
         "targets": tuple(t.strip() for t in targets.split(",") if t.strip()),
     }
     with o.progress(quiet or json) as tell:

@@ -37,6 +37,7 @@ def command(
     every: Annotated[int, typer.Option(min=0, help="steps between two checkpoints; 0: one at the end")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the run; by default runs/<model>-trained")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write curves for TensorBoard into --out")] = False,
     seed: o.Seed = 0,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -48,7 +49,7 @@ def command(
         **{"optimizer": optimizer, "gradient": gradient, "freeze": freeze, "form": form},
         **{"level": f"r{rank}", "fresh": fresh, "memory": memory},
         **{"steps": steps, "batch": batch, "rate": rate, "decay": decay, "length": length, "pack": pack},
-        **{"skip_bad": skip_bad, "fresh_head": fresh_head, "every": every, "seed": seed},
+        **{"skip_bad": skip_bad, "fresh_head": fresh_head, "every": every, "seed": seed, "tensorboard": tensorboard},
     }
     with o.progress(quiet or json) as tell:
         found = train(model, data, out=out, resume=resume, progress=tell, **asked).report

@@ -138,6 +138,7 @@ def train(
     identity: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     watch: Callable[[int, float], None] | None = None,
+    log: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Trained:
     """Train what requires a gradient in a model.
 
@@ -154,6 +155,7 @@ def train(
         resume: go on with the run in `folder`.
         identity: what the run is of, and what must be the same for it to go on.
         watch: called with each step and its loss.
+        log: called with each row of the log.
 
     Raises:
         UserError: the loss is no number at a step (the last good checkpoint stays), the folder holds another run, or
@@ -216,6 +218,8 @@ def train(
             done.seconds.append(time.perf_counter() - start)
             row = {"step": step + 1, "loss": mean, "norm": norm, "rate": recipe.rate_at(step)}
             done.log.append(row | {"seconds": done.seconds[-1]})
+            if log:  # before a checkpoint: what is logged twice is told by its step, what is not is lost
+                log(done.log[-1])
             if book:
                 book.write(done.log[-1])
                 if step + 1 == recipe.steps or (recipe.every and (step + 1) % recipe.every == 0):

@@ -36,8 +36,9 @@ def write_page(report: Json, path: str | Path) -> Path:
     """Write the report, the object of `trimtab fit --json`, as one self-contained page.
 
     Args:
-        report: `model`, `budget`, `original`, `best`, `uniform`, `front`, `verdict`, `artifact`, `plan`, `seconds`,
-            `peak_bytes`, `sites`, `machine`, `versions`, `data`, `timings`. What is missing or empty is left out.
+        report: `model`, `budget`, `original`, `best`, `uniform`, `healing`, `front`, `verdict`, `artifact`, `plan`,
+            `seconds`, `peak_bytes`, `sites`, `machine`, `versions`, `data`, `timings`. What is missing or empty is left
+            out.
         path: the file to write; its folder is made.
     Returns:
         The path.
@@ -150,6 +151,7 @@ COMPARED = (
     ("original", "Original"),
     ("best", "Best within the budget"),
     ("compiled", "The same in the compiled program"),
+    ("unhealed", "The same before healing"),
     ("uniform", "Best uniform plan"),
 )
 
@@ -166,11 +168,36 @@ def _rounding(report: Json) -> str:
     return f"In exact arithmetic alone: {point['reason']}." if point.get("reason") else ""
 
 
+def _healed(report: Json) -> str:
+    """What healing trained, and what it changed or why it changed nothing."""
+    found = report.get("healing")
+    if not isinstance(found, Mapping):
+        return ""
+    if found.get("reason"):
+        return f"Nothing was healed: {found['reason']}."
+    trained, sites = finite(found.get("trained")), finite(found.get("sites"))
+    text = f"Healed in {say(found.get('steps'))} steps"
+    if trained is not None and sites is not None:
+        text += f": {trained:,.0f} stored numbers of {sites:.0f} sites were trained towards the original's outputs"
+    for name, words in (("loss", "their loss went from"), ("damage", "damage on the search data from")):
+        ends = [finite(end) for end in found.get(name) or ()]
+        if len(ends) == 2 and None not in ends:
+            text += f", {words} {ends[0]:.3g} to {ends[1]:.3g}"
+    if not found.get("kept"):
+        return f"{text}. It was left out, as the damage did not fall."
+    ends = [finite(end) for end in point_of(found, "before").get("healed") or ()]
+    if len(ends) == 2 and None not in ends:
+        text += f". On held-out data {metric_of(report)} changed by {ends[0]:+.3g} to {ends[1]:+.3g}, 95 % paired"
+    return f"{text}. Codes, masks and bytes stayed as they were."
+
+
 def _comparison(report: Json) -> str:
     rows = []
     base = finite(point_of(report, "original").get("bytes"))
+    healing = report.get("healing")
+    before = point_of(healing, "before") if isinstance(healing, Mapping) else {}
     for key, name in COMPARED:
-        point = point_of(report, key)
+        point = before if key == "unhealed" else point_of(report, key)
         if not point or point.get("reason"):
             continue
         count = finite(point.get("bytes"))
@@ -199,7 +226,7 @@ def _comparison(report: Json) -> str:
 <th scope="col">{safe(metric_of(report))}, 95 % interval<small>{better}</small></th>
 <th scope="col">Kept<small>{"paired difference, 95 %" if paired else ""}</small></th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
-{f'<p class="lead">{safe(note)}</p>' if (note := _rounding(report)) else ""}
+{"".join(f'<p class="lead">{safe(note)}</p>' for note in (_healed(report), _rounding(report)) if note)}
 </section>"""
 
 
