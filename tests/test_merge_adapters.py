@@ -96,3 +96,28 @@ def test_an_overlay_reads_as_the_base_with_its_changes(tmp_path: Path) -> None:
     assert made.names() == base.names() and len(base.files) > 1
     for n in base.names():
         assert torch.equal(made.read(n), torch.ones(base.shape(n)) if n == name else base.read(n))
+
+
+def test_a_model_and_its_adapter_are_named_with_a_plus(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    base, other = save(tmp_path / "base", weights(0)), save(tmp_path / "other+tuned", weights(3))
+    adapter(tmp_path / "one", tmp_path / "elsewhere", 0)
+    pair = f"{base}+{tmp_path / 'one'}"
+    recipe = {"merge_method": "linear", "models": [{"model": pair, "parameters": {"weight": 1}},
+                                                   {"model": str(other), "parameters": {"weight": 2}}]}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert cli("merge", pair, other, "--weight", "1,2", "--out", tmp_path / "out").code == 0
+    assert cli("merge", tmp_path / "recipe.yaml", "--out", tmp_path / "same").code == 0
+    config = tmp_path / "one" / "adapter_config.json"
+    config.write_text(config.read_text().replace("elsewhere", "base"))
+    merge([tmp_path / "one", other], weight=[1, 2], out=tmp_path / "wanted", apply_adapters=True)
+    wanted = Checkpoint(tmp_path / "wanted")
+    for folder in ("out", "same"):
+        made = Checkpoint(tmp_path / folder)
+        assert all(torch.equal(made.read(n), wanted.read(n)) for n in wanted.names())
+    assert not list(tmp_path.glob(".*")), "something was left"
+    said = cli("merge", f"{base}+{tmp_path / 'none'}", other, "--out", tmp_path / "new")
+    assert said.code == 2 and "there is no model" in said.err
+    said = cli("merge", f"{base}+{other}", other, "--out", tmp_path / "new")
+    assert said.code == 2 and "is no adapter" in said.err
+    said = cli("merge", pair, other, "--out", base, "--overwrite")
+    assert said.code == 2 and "lies in or around" in said.err and (base / "config.json").is_file()

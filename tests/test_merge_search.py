@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +85,30 @@ def test_a_search_without_data_or_coefficient_is_refused(tiny: Path, text: Path,
     with pytest.raises(UserError, match="slices"):
         judging.search(recipe_of({"merge_method": "passthrough", "slices": [source, source]}), [str(text)], quiet)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_searched_like_models(
+    tiny: Path, text: Path, tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(judging, "FACTORS", (0.0, 1.0))
+    rng, names = torch.Generator().manual_seed(0), []
+    path = "model.layers.0.mlp.up_proj"
+    rows, cols = Checkpoint(tiny).shape(f"{path}.weight")
+    for name, size in (("good", 0.0), ("bad", 1.0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(tiny)}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        factors = {"A": torch.randn(2, cols, generator=rng), "B": size * torch.randn(rows, 2, generator=rng)}
+        named = {f"base_model.model.{path}.lora_{k}.weight": t for k, t in factors.items()}
+        write_safetensors(named, folder / "adapter_model.safetensors")
+        names.append(str(folder))
+    said = cli("merge", names[0], f"{tiny}+{names[1]}", "--apply-adapters", "--method", "model-soups", "--evaluate",
+               text, "--search", "--out", tmp_path / "soup", "--json")  # fmt: skip
+    assert said.code == 0, said.err
+    assert said.json()["search"]["members"] == [names[0]]
+    assert torch.equal(Checkpoint(tmp_path / "soup").read(f"{path}.weight"), Checkpoint(tiny).read(f"{path}.weight"))
+    said = cli("merge", *names, "--base", tiny, "--apply-adapters", "--method", "task-arithmetic", "--evaluate", text,
+               "--search", "--out", tmp_path / "sum", "--json")  # fmt: skip
+    found = said.json()["search"]
+    assert found["chosen"] < found["before"] and not list(tmp_path.glob(".*"))

@@ -15,7 +15,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.method import Allocator, Merger, method
 from trimtab.core.recipe import Recipe, Rule, block_lists
 from trimtab.core.table import Row
-from trimtab.merging import Merge, merge
+from trimtab.merging import Merge, merge, renamed, with_whole_models
 
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)
 PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -74,9 +74,13 @@ def search(recipe: Recipe, data: Sequence[str], progress: Progress) -> tuple[Rec
             merge(tried, out=out, overwrite=True)
             return sum(score(str(out), file, "search")["loss"] for file in data) / len(data)
 
+        whole, names = with_whole_models(recipe, Path(folder) / "adapted")
         if recipe.method in ("linear", "model-soups"):
-            return _soup(recipe, data, loss, progress)
-        return _by_block(recipe, loss, progress)
+            chosen, found = _soup(whole, data, loss, progress)
+            found["members"] = [names.get(name, name) for name in found["members"]]
+        else:
+            chosen, found = _by_block(whole, loss, progress)
+        return renamed(chosen, names), found
 
 
 def _soup(

@@ -45,6 +45,7 @@ SHARD = 5_000_000_000
 HELD = 1 << 30  # bytes of a restored model that are in memory at a time, at most a file
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 FLOATS = ("F16", "BF16", "F32", "F64")
+ADAPTER = "adapter_config.json"
 VOCABULARIES = ("same", "union", "force")
 # of a configuration, what makes equal weights another function; where it is named in the one and in the other
 MEANING = (
@@ -319,12 +320,14 @@ class Model:
         return dataclasses.replace(entry, shape=(rows, *entry.shape[1:]), stop=entry.start + rows * width)
 
 
-def open_model(name: str, adapters: Path | None = None, base: str | None = None) -> Model:
+def open_model(name: str, place: Path | None = None, base: str | None = None, apply: bool = False) -> Model:
     """A model's headers and configuration.
 
     Args:
-        adapters: a folder in which adapters are applied, each in one of its own; None: they are refused.
-        base: the model that they are applied to; None: the one that the adapter names.
+        name: of a model, or `model+adapter` for a model with an adapter put onto it.
+        place: a folder in which adapters are applied, each in one of its own; None: they are refused.
+        base: the model that an adapter without one is applied to; None: the one that the adapter names.
+        apply: take adapters that come without a model.
 
     Raises:
         UserError: there is none of that name, or it is an adapter that is not applied, quantised, or compressed.
@@ -332,18 +335,21 @@ def open_model(name: str, adapters: Path | None = None, base: str | None = None)
     from trimtab.formats.checkpoint import Checkpoint
     from trimtab.models.source import folder_of, read_config
 
+    if (pair := model_and_adapter(name)) is not None:
+        if place is None:
+            raise UserError(f"{name} is a model with an adapter; only models that are merged can have one")
+        return _applied(name, folder_of(pair[1]), open_model(pair[0]), place)
     folder = folder_of(name)
-    adapted = folder / "adapter_config.json"
-    if adapted.is_file() and not (folder / "config.json").is_file():
-        origin = _adapted(adapted)
-        if adapters is None:
+    if is_adapter(folder):
+        origin = _adapted(folder / ADAPTER)
+        if place is None or not apply:
             raise UserError(
                 f"{name} is an adapter{f' for {origin}' if origin else ''} and no model; --apply-adapters puts it onto "
                 "its model while merging"
             )
         if (onto := base or origin) is None:
             raise UserError(f"{name} is an adapter that does not name its model; give the model with --base")
-        return _applied(name, folder, open_model(onto), adapters)
+        return _applied(name, folder, open_model(onto), place)
     if (folder / "trimtab.json").is_file():
         raise UserError(f"{name} is a compressed artifact; merge original models, and compress the result")
     config = read_config(folder)
@@ -359,6 +365,24 @@ def open_model(name: str, adapters: Path | None = None, base: str | None = None)
     return Model(name, folder, config, checkpoint)
 
 
+def model_and_adapter(name: str) -> tuple[str, str] | None:
+    """The two parts of a name like `model+adapter`, as mergekit has them; None for any other.
+
+    >>> model_and_adapter("owner/model+path/to/adapter")
+    ('owner/model', 'path/to/adapter')
+    """
+    places = [i for i in range(1, len(name) - 1) if name[i] == "+"]
+    if not places or Path(name).expanduser().exists():
+        return None
+    pairs = [(name[:i], name[i + 1 :]) for i in places]
+    return next((pair for pair in pairs if Path(pair[0]).expanduser().is_dir()), pairs[-1])
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
 def _applied(name: str, adapter: Path, base: Model, adapters: Path) -> Model:
     """A base with an adapter in it."""
     from trimtab.models.applied import apply_adapter
@@ -366,6 +390,42 @@ def _applied(name: str, adapter: Path, base: Model, adapters: Path) -> Model:
     files = sorted(file for file in adapter.iterdir() if file.is_file()) + base.checkpoint.files
     made = _once(adapters, files, lambda folder: apply_adapter(adapter, base.folder, folder))
     return Model(name, made.path, base.config, made, base.folder, adapter=True)
+
+
+def with_whole_models(recipe: Recipe, place: Path) -> tuple[Recipe, dict[str, str]]:
+    """A recipe whose adapters are whole models in a folder, to be merged again and again, and what each was called.
+
+    Raises:
+        UserError: see `open_model`.
+    """
+    from trimtab.formats.huggingface import copy_companions
+
+    names = {}
+    for name in recipe.models():
+        model = open_model(name, place, recipe.base, recipe.adapters)
+        if model.onto is not None:
+            with writing(model.folder):
+                (model.folder / "config.json").write_text(json.dumps(model.config), "utf-8")
+            copy_companions(model.onto, model.folder)
+            names[name] = str(model.folder)
+    return renamed(recipe, names), {folder: name for name, folder in names.items()}
+
+
+def renamed(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """The recipe with other names for some of its models."""
+
+    def new(name: str | None) -> str | None:
+        return None if name is None else names.get(name, name)
+
+    slices = [
+        dataclasses.replace(
+            part,
+            base=new(part.base),
+            parents=tuple(dataclasses.replace(p, model=names.get(p.model, p.model)) for p in part.parents),
+        )
+        for part in recipe.slices
+    ]
+    return dataclasses.replace(recipe, slices=tuple(slices), base=new(recipe.base))
 
 
 def _once(place: Path, files: Sequence[Path], make: Callable[[Path], object]) -> Checkpoint:
@@ -461,8 +521,8 @@ class Merge:
         self._check_fields()
         self._check_counts()
         self.tasks = self._task_names() if keep_tasks else ()
-        place = adapters_beside(out) if recipe.adapters else None
-        self.models = {name: open_model(name, place, recipe.base) for name in recipe.models()}
+        place = adapters_beside(out)
+        self.models = {name: open_model(name, place, recipe.base, recipe.adapters) for name in recipe.models()}
         self._check_places()
         self.union: tuple[list[Vocabulary], Union] | None = None
         if recipe.vocabulary == "union":
@@ -562,7 +622,8 @@ class Merge:
             base = part.base or self.recipe.base
             if self.method.needs_base() and base in names:
                 raise UserError(f"{base} is both the base and one of the models; its change from itself is nothing")
-        check_output(self.out, {name: real for real, name in places.items()}, self.overwrite)
+        onto = {f"what {m.name} is put onto": m.onto.resolve() for m in self.models.values() if m.onto is not None}
+        check_output(self.out, {**onto, **{name: real for real, name in places.items()}}, self.overwrite)
 
     def _lengths(self) -> list[int]:
         """How many blocks each slice has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,8 +67,7 @@ def command(
         raise UserError(f"--data was given, and {method} looks at none; --evaluate measures on data")
     given = {"weight": weight, "density": density, "scale": scale}
     recipe = asked_recipe(models, base, method, given, dtype, vocabulary, seed)
-    if apply_adapters and search:
-        raise UserError("a search measures whole models; merge the adapters first, or leave --search out")
+    recipe = dataclasses.replace(recipe, adapters=apply_adapters)
     if search and not evaluate:
         raise UserError("a search needs data to choose by; give it with --evaluate")
     with o.progress(quiet or json) as tell:
@@ -80,7 +80,6 @@ def command(
         report = merge(
             recipe,
             out=out,
-            apply_adapters=apply_adapters,
             keep_tasks=keep_tasks,
             shard_bytes=parse_bytes(shard),
             resume=resume,
