@@ -205,12 +205,12 @@ def test_levels_and_widths_share_one_allocation(tiny: Path, text: Path, tmp_path
     from trimtab import load
 
     options = {**QUICK, "steps": 4, "batch": 4, "evaluations": 12, "length": 32, "levels": ("8b/row", "4b/g32")}
-    budget = Budget.of(size="1.3MB")
+    budget = Budget.of(size="2.15MB")
     found = search(None, str(text), model=str(tiny), method="instatune", budget=budget, out=tmp_path / "run", **options)
     report = found.report
     levels = {option for name, option in report["setting"].items() if name.endswith(".level")}
     assert levels <= {"fp32", "8b/row", "4b/g32"} and levels & {"8b/row", "4b/g32"}
-    assert report["best"]["bytes"] <= 1_300_000 < report["original"]["bytes"]
+    assert report["best"]["bytes"] <= 2_150_000 < report["original"]["bytes"]
     tokens = torch.arange(20)[None] + 5
     stored = (found.folder / "model.safetensors").stat().st_size
     assert stored <= report["best"]["bytes"] + 20_000, "what is stored is what was priced, and a header"

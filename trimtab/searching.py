@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 COSTS = {"size": "bytes", "latency": "seconds", "flops": "flops", "parameters": "parameters"}
 DRAWS = 200_000  # random networks that are priced to see what a budget leaves
+PROFILED = 20  # whole networks that a profile is compared with
 ROUNDS = 12  # times that the searcher is asked
 UNIFORM = 12  # uniform networks that are scored first
 RANDOM = 8  # networks of the same budget that the result is held against
@@ -717,6 +718,34 @@ class Search:
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
         return "transformers"
+
+
+def profiled(space: str, threads: int = 0, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure the operations of a space's networks on this machine, keep them, and see how far off whole networks are.
+
+    Returns:
+        `operations`, `seconds` that it took, `threads`, `networks` that were measured, the `mean` and the `most` of
+        |priced / measured - 1|, and `kept`, the file.
+
+    Raises:
+        UserError: there is no such space.
+    """
+    from trimtab.engine.costing import table_path
+
+    start = time.perf_counter()
+    told = progress or (lambda what, done, total: None)
+    costs = Search(Request(space=space, threads=threads), Path("."), False, told).costs
+    spent = time.perf_counter() - start
+    rng = Random(3)  # other networks than those that calls were fitted to
+    genomes = [costs.domain.random(rng) for _ in range(PROFILED)]
+    priced, off = costs.price(genomes)["seconds"], []
+    for i, genome in enumerate(genomes):
+        off.append(abs(float(priced[i]) / costs.measure(genome) - 1))
+        told("measure whole networks", i + 1, len(genomes))
+    return {
+        **{"operations": len(costs.measured), "seconds": spent, "threads": costs.threads, "networks": len(off)},
+        **{"mean": sum(off) / len(off), "most": max(off), "kept": str(table_path(costs.threads))},
+    }
 
 
 def describe(

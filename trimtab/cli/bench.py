@@ -18,10 +18,16 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="fewer levels and shapes; the profile is not kept")] = False,
     levels: Annotated[str, typer.Option(help="levels to measure, like 4b/g64,8b/row; by default those of a fit")] = "",
     against: Annotated[str | None, typer.Option(help="run a peer beside ours: torch or llama.cpp")] = None,
+    device_profile: Annotated[
+        str | None, typer.Option(help="measure the operations of this space, and how far off whole networks are")
+    ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Measure this machine, and keep the profile that plans are priced with."""
+    if device_profile is not None:
+        _space(device_profile, threads, json, quiet)
+        return
     from trimtab.core.level import parse_level
     from trimtab.kernels import profile
 
@@ -40,6 +46,22 @@ def command(
     _print(device)
     if path:
         print(f"kept in {path}")
+
+
+def _space(space: str, threads: int | None, json: bool, quiet: bool) -> None:
+    from trimtab.searching import profiled
+
+    with o.progress(quiet or json) as tell:
+        found = profiled(space, threads or 0, tell)
+    if json:
+        o.print_json(found)
+        return
+    print(
+        f"{found['operations']} operations, those of {space} measured in {found['seconds']:.0f} s with "
+        f"{found['threads']} threads"
+    )
+    print(f"{found['networks']} random networks: off by {found['mean']:.1%} on average, {found['most']:.1%} at most")
+    print(f"kept in {found['kept']}")
 
 
 def _against(peer: str, artifact: str | None, threads: int, json: bool) -> None:
