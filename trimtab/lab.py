@@ -247,25 +247,8 @@ class Shift:
         return self._loss(model, self.judging), self._loss(model, self.knowing)
 
     def matched(self, method: str, numbers: int) -> str:
-        """The largest rank at which a method trains at most so many numbers, which grow in proportion to the rank."""
-        import torch
-        from torch import nn
-
-        from trimtab.adapting import chosen_sites
-        from trimtab.core.level import Rank
-        from trimtab.core.plan import parse_method
-        from trimtab.parts.shared import Shared
-
-        chosen: Any = parse_method(method)
-        total = 0
-        for site in chosen_sites(self._opened, (), chosen):
-            rows, cols = site.shape
-            rng, ones = torch.Generator().manual_seed(0), torch.ones(cols)
-            stats = {"rng": rng, "absmean": ones, "mean": ones, "gram": torch.eye(cols), "grad": torch.ones(rows, cols)}
-            stats["shared"] = Shared((site.shape,))
-            frame = chosen.wrap(nn.Linear(cols, rows, False), Rank(4), **{k: stats[k] for k in chosen.needs()})
-            total += sum(p.numel() for p in frame.parameters() if p.requires_grad)
-        return f"r{4 * numbers // total}"
+        """The largest rank at which a method trains at most so many numbers, see `matched`."""
+        return matched(self._opened, method, numbers)
 
     @cached_property
     def _opened(self) -> Any:
@@ -345,7 +328,7 @@ class Shift:
         from trimtab.engine.freezing import Freezing
         from trimtab.engine.train import Recipe, train
         from trimtab.models.adapter import frames
-        from trimtab.parts.stepping import Stepping
+        from trimtab.optimising import optimiser_of
         from trimtab.training import blocks_of
 
         base = self._wrapped(method, level, context) if method else open_base(self.model)
@@ -359,7 +342,8 @@ class Shift:
         recipe = Recipe(self.steps, self.BATCH, rate=rate, recompute=0.0, seed=self.seed, codec=tuning.codec)
         optimiser: torch.optim.Optimizer
         if tuning.optimizer:
-            optimiser = Stepping(trained, parse_method(tuning.optimizer), rate, seed=self.seed)  # type: ignore[arg-type]
+            rule: Any = parse_method(tuning.optimizer)
+            optimiser, trained = optimiser_of(base.model, rule, rate, seed=self.seed)
         else:
             optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
         gradient, policy = _made(tuning.gradient), _made(tuning.freeze)
@@ -433,6 +417,32 @@ def _made(method: Any) -> Any:
     from trimtab.core.plan import parse_method
 
     return parse_method(method) if isinstance(method, str) and method else method or None
+
+
+def matched(base: Any, method: str, numbers: int) -> str:
+    """The largest rank at which a method trains at most so many numbers, which grow in proportion to the rank.
+
+    Args:
+        base: the model, see `adapting.Base`.
+    """
+    import torch
+    from torch import nn
+
+    from trimtab.adapting import chosen_sites
+    from trimtab.core.level import Rank
+    from trimtab.core.plan import parse_method
+    from trimtab.parts.shared import Shared
+
+    chosen: Any = parse_method(method)
+    total = 0
+    for site in chosen_sites(base, (), chosen):
+        rows, cols = site.shape
+        rng, ones = torch.Generator().manual_seed(0), torch.ones(cols)
+        stats = {"rng": rng, "absmean": ones, "mean": ones, "gram": torch.eye(cols), "grad": torch.ones(rows, cols)}
+        stats["shared"] = Shared((site.shape,))
+        frame = chosen.wrap(nn.Linear(cols, rows, False), Rank(4), **{k: stats[k] for k in chosen.needs()})
+        total += sum(p.numel() for p in frame.parameters() if p.requires_grad)
+    return f"r{4 * numbers // total}"
 
 
 class Lab:

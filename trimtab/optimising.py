@@ -9,6 +9,8 @@ from trimtab.core.errors import UserError
 from trimtab.core.method import Optimiser, method
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from trimtab.parts.stepping import Stepping
 
 
@@ -47,3 +49,27 @@ def optimizer(
     if not isinstance(made, Optimiser):
         raise UserError(f"{made.card.name} updates no parameters; `trimtab methods --family optim` lists what does")
     return Stepping(params, made, lr, weight_decay, seed, held, means)
+
+
+def optimiser_of(
+    model: nn.Module, rule: Optimiser, rate: float, decay: float = 0.0, seed: int = 0
+) -> tuple[Stepping, list[nn.Parameter]]:
+    """The optimiser of all that a model trains, and these parameters.
+
+    What the rule asks for is put on the model: weights of 8 bits in the places of its linears, and means of what these
+    read and get back.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+    >>> optimiser, trained = optimiser_of(model, method("q-galore"), 0.01)
+    >>> [type(m).__name__ for m in model], len(trained), len(optimiser.held)
+    (['Held', 'Held'], 4, 2)
+    """
+    from trimtab.parts.gathering import Means
+    from trimtab.parts.integer_weight import hold
+    from trimtab.parts.stepping import Stepping
+
+    held = hold(model, rule.rounding) if rule.integers else {}  # type: ignore[attr-defined]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    means = Means(model) if "inputs" in rule.needs() else None
+    return Stepping(trained, rule, rate, decay, seed, held, means), trained

@@ -158,19 +158,14 @@ class Pretraining:
     def _once(self, optimizer: Any, rate: float, gradient: Any, change: Any) -> tuple[float, Pretrained]:
         from trimtab.core.plan import parse_method
         from trimtab.engine.train import Recipe, train
-        from trimtab.parts.gathering import Means
-        from trimtab.parts.integer_weight import hold
-        from trimtab.parts.stepping import Stepping
+        from trimtab.optimising import optimiser_of
 
         model = self.fresh()
         if change is not None:
             change(model)
         if isinstance(optimizer, str):
             rule: Any = parse_method(optimizer)
-            held = hold(model, rule.rounding) if rule.integers else {}
-            trained = [p for p in model.parameters() if p.requires_grad]
-            means = Means(model) if "inputs" in rule.needs() else None
-            optimiser: Any = Stepping(trained, rule, rate, seed=self.seed, held=held, means=means)
+            optimiser: Any = optimiser_of(model, rule, rate, seed=self.seed)[0]
         else:
             optimiser = optimizer(model, rate)
         recipe = Recipe(self.steps, self.BATCH, rate=rate, recompute=0.0, seed=self.seed)

@@ -148,10 +148,9 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     from trimtab.engine.measure import peak_bytes
     from trimtab.engine.memory import FRUGAL, keep_freed_memory
     from trimtab.engine.train import train as loop
-    from trimtab.parts.gathering import Means
-    from trimtab.parts.integer_weight import hold, release
+    from trimtab.optimising import optimiser_of
+    from trimtab.parts.integer_weight import release
     from trimtab.parts.sparse_factors import SparseFactors
-    from trimtab.parts.stepping import Stepping
     from trimtab.report.events import Events
 
     events = Events(out / "tensorboard") if request.tensorboard else None
@@ -164,14 +163,14 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     before = scored(base.model, data)
     if request.form:
         formed(base, request.part("form"), request.level, request.seed)
-    held = hold(base.model, rule.rounding) if rule.integers else {}
-    trained = list(base.model.requires_grad_(True).parameters())
+    base.model.requires_grad_(True)
+    optimiser, trained = optimiser_of(base.model, rule, request.rate, request.decay, request.seed)
     state = sum(rule.state_bytes(tuple(p.shape)) for p in trained)
     if request.memory is not None:
         state += sum(p.nbytes for p in trained)  # and the gradients
         recipe, plan = within(parse_bytes(request.memory, "memory"), base.model, data, recipe, trained, state)
-    means = Means(base.model) if "inputs" in rule.needs() else None
-    optimiser = Stepping(trained, rule, request.rate, request.decay, request.seed, held, means)
+        for parameter in trained if optimiser.means else ():
+            optimiser.means.take(parameter)  # type: ignore[union-attr]  # of the passes that measured memory
     policy = request.part("freeze")
     freezing = policy and Freezing(base.model, blocks_of(base), policy, optimiser, recipe.steps, request.seed)
     asked = ("model", "optimizer", "gradient", "freeze", "form", "level", "fresh", "fresh_head", "length")
@@ -186,7 +185,7 @@ def _trained(request: Request, out: Path, resume: bool, progress: Progress) -> T
     )
     after = scored(base.model.requires_grad_(True), data)
     folder, weights = out / "model", sum(t.untyped_storage().nbytes() for t in trained)
-    weights += sum(h.nbytes for h in held.values())
+    weights += sum(h.nbytes for h in optimiser.held.values())
     weights += sum(b.nbytes for m in base.model.modules() if isinstance(m, SparseFactors) for b in m.buffers())
     release(base.model)
     for path, module in list(base.model.named_modules()):

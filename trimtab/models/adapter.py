@@ -188,16 +188,17 @@ def read_about(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check_base(folder: Path, hashes: Callable[[], Collection[str]]) -> None:
+def check_base(folder: Path, hashes: Callable[[], Collection[str]], about: Mapping[str, Any] | None = None) -> None:
     """Refuse an adapter that says it was trained on another model.
 
     Args:
+        about: what its folder says of itself; None: it is read.
         hashes: gives those that fit, if they are known; called where the adapter names one.
 
     Raises:
         UserError: it names a hash that is not among them.
     """
-    named = read_about(folder).get("hash")
+    named = (read_about(folder) if about is None else about).get("hash")
     if named is not None and (known := hashes()) and named not in known:
         raise UserError(
             f"{folder} was trained on a model of hash {named}, and this one has {' or '.join(sorted(known))}: its "
@@ -217,7 +218,7 @@ def attach(model: nn.Module, folder: Path, base_hash: str | None = None, force: 
     """
     about = read_about(folder)
     if base_hash and not force:
-        check_base(folder, lambda: (base_hash,))
+        check_base(folder, lambda: (base_hash,), about)
     return _attach_delta(model, folder, about) if (folder / DELTA).is_file() else _attach_pair(model, folder)
 
 
