@@ -5,7 +5,12 @@ forward and backward through networks as progressive shrinking takes; each netwo
 `behind` is the accuracy of the network alone less that of the sub-network, with the 95 % interval of the paired
 difference over the test images. A JSON line is printed and appended to records/benchmarks/elastic.jsonl.
 
+With `--speed`, what a step of a super-network costs: gradients of four sampled networks, gathered in the shared
+weights, to the same four networks' own forward and backward passes as plain modules, and what it takes to switch; in
+processor seconds of one thread, by turns.
+
     python benchmarks/elastic.py          # an hour and a half on one core; the shared data are needed
+    python benchmarks/elastic.py --speed  # a minute
     python benchmarks/elastic.py --small  # two minutes; nothing is recorded
 """
 
@@ -14,6 +19,8 @@ from __future__ import annotations
 import argparse
 import time
 from functools import cache
+from random import Random
+from statistics import median
 from typing import Any
 
 import torch
@@ -81,16 +88,57 @@ def measured(epochs: int, budgets: int, seed: int) -> dict[str, Any]:
     return {"epochs": epochs, "steps": steps, "seed": seed, "passes": passes, "cpu_seconds": seconds, "networks": rows}
 
 
+def speed(rounds: int = 7) -> dict[str, Any]:
+    """Ratios of a super-network's step to its networks' own."""
+    from trimtab.core.method import Elastic, Lesson
+    from trimtab.core.method import method as named
+    from trimtab.engine.elastic import Supernet, called
+    from trimtab.engine.teaching import Teaching
+    from trimtab.space import open_space
+
+    draws, found = 4, {}
+    spaces = {"mobile-cnn": torch.randn(64, 3, 32, 32), "vit": torch.randn(64, 3, 32, 32)}
+    for name, images in spaces.items():
+        supernet, labels = Supernet(open_space(name)), torch.randint(10, (64,))
+        method = named("sandwich", between=draws - 2)
+        assert isinstance(method, Elastic)
+        teaching = Teaching(supernet, method, {"images": images}, labels, 100)
+        places = torch.arange(64)
+        pupils = method.teach(Lesson(supernet.domain, teaching.offered, 0, 100), Random(0))
+        plain = [supernet.extract(pupil.genome).train() for pupil in pupils]
+        spent: dict[str, list[float]] = {"super": [], "own": []}
+        for _ in range(rounds):
+            start = time.thread_time()
+            teaching(places, 0)
+            spent["super"].append(time.thread_time() - start)
+            start = time.thread_time()
+            for network in plain:
+                loss = torch.nn.functional.cross_entropy(called(network, {"images": images[places]}, {}), labels)
+                loss.backward()
+            spent["own"].append(time.thread_time() - start)
+        start = time.thread_time()
+        for i in range(200):
+            supernet.bound(pupils[i % draws].genome, leaves=True)
+        switch = (time.thread_time() - start) / 200
+        ratios = [a / b for a, b in zip(spent["super"], spent["own"], strict=True)]
+        found[name] = {"step_to_own": median(ratios), "switch_to_step": switch / median(spent["super"])}
+    return {"speed": found}
+
+
 def main() -> None:
     """Print the record, and keep it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.small:
         SIZES.update({"calibration": 640, "search": 200, "test": 500})
+    if args.speed:
+        keep_benchmark({"benchmark": "elastic", **speed()}, kept=True)
+        return
     row = measured(1 if args.small else args.epochs, 2 if args.small else 5, args.seed)
     keep_benchmark({"benchmark": "elastic", **row}, kept=not args.small)
 

@@ -130,7 +130,9 @@ def digits_space(seed: int = 0, space: str = "mobile-cnn", **options: Any) -> El
     return Elasticity(Space(function, name, **known), task, seed=seed, **options)
 
 
-def cut_model(model: str, seed: int = 0, length: int = 64, training: int = 4096, **options: Any) -> Elasticity:
+def cut_model(
+    model: str, seed: int = 0, length: int = 64, training: int = 4096, data: str | None = None, **options: Any
+) -> Elasticity:
     """A shipped model that is made elastic."""
     from trimtab.engine.cuts import Cuts
     from trimtab.engine.stream import traced
@@ -138,7 +140,7 @@ def cut_model(model: str, seed: int = 0, length: int = 64, training: int = 4096,
     from trimtab.tasks.build import task_for
 
     source = open_source(model)
-    task = task_for(source, None, length, training=training)
+    task = task_for(source, data, length, training=training)
     some = task.batch("calibration", 4, seed)
     maker = Cuts(source.name, source.materialise(), traced(source, some), some.inputs, task.options)
     return Elasticity(maker, task, seed=seed, **options)
