@@ -17,8 +17,10 @@ processor seconds of one thread, by turns.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from functools import cache
+from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any
@@ -26,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.catalogue import keep_benchmark
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trimtab.catalogue import data_folder, keep_benchmark
 
 SIZES = {"calibration": 10_000, "search": 2_000, "test": 10_000}
 METHODS = ("ofa", "sandwich(between=1)", "uniform-sampling")
@@ -138,6 +142,9 @@ def main() -> None:
         SIZES.update({"calibration": 640, "search": 200, "test": 500})
     if args.speed:
         keep_benchmark({"benchmark": "elastic", **speed()}, kept=True)
+        return
+    if data_folder() is None:
+        print("CIFAR-10 lies in the shared data; name its folder in TRIMTAB_DATA")
         return
     row = measured(1 if args.small else args.epochs, 2 if args.small else 5, args.seed)
     keep_benchmark({"benchmark": "elastic", **row}, kept=not args.small)
