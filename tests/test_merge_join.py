@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +16,22 @@ from trimtab.core.errors import UserError
 from trimtab.core.level import Rank, Width
 from trimtab.core.method import Scene
 from trimtab.core.modelmap import trace
+from trimtab.core.plan import Plan
+from trimtab.engine.apply import apply
 from trimtab.engine.experts import routing, sensitivity
 from trimtab.engine.joining import join, moments, settle
+from trimtab.evidence import Evidence
 from trimtab.formats.cutting import out_dim
 from trimtab.formats.structure import put_weight, replay, weight_of
+from trimtab.lab import Bench
+from trimtab.loading import load
 from trimtab.merge.m_smoe import MSMoE
 from trimtab.merge.mc_smoe import MCSMoE
 from trimtab.merge.pleas import PLeaS
 from trimtab.merge.sn_net import SNNet
 from trimtab.merge.sn_netv2 import SNNetv2
 from trimtab.models.pocket.cnn import PocketCNN, PocketCNNConfig
+from trimtab.models.source import open_source
 
 
 def mlp(seed: int) -> nn.Module:
@@ -389,3 +397,35 @@ def test_thin_stacks_that_make_no_sense_are_refused(path: str, more: dict[str, i
     edit = {"op": "thin", "path": f"model.layers.0.mlp.experts.{path}", "rank": 2, "rows": 3, **more}
     with pytest.raises(UserError, match="edit thin"):
         replay(mixtral(), [edit])
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A tiny mixture of experts in a folder, with pocket's tokenizer."""
+    from conftest import add_tokenizer
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, vocab_size=4096, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe", save_original_format=False)
+    add_tokenizer(tmp_path / "moe")
+    return Bench(open_source(str(tmp_path / "moe")), calibration=2, items=1)
+
+
+def test_a_plan_merges_experts_and_rounds_the_rest(bench: Bench, tmp_path: Path) -> None:
+    plan = "m-smoe @ w50% | gptq @ 4b/g32, lm_head=8b/row"
+    applied = apply(bench.stream(), Plan.parse(plan).resolve(bench.sites), bench.calibration, bench.chunk)
+    job: Any = SimpleNamespace(source=bench.source, journal=None)
+    Evidence(job).write(applied, plan, tmp_path / "out")
+    loaded: Any = load(tmp_path / "out").model
+    assert {e["op"] for e in applied.edits} == {"share"} and len(applied.edits) == 2
+    assert loaded.get_parameter("model.layers.0.mlp.experts.down_proj").shape[0] == 2
+    batch = {"input_ids": torch.arange(40).reshape(2, 20)}
+    assert torch.allclose(run(loaded, batch), run(applied.stream.whole_model(), batch), atol=1e-4)
+
+
+def test_a_plan_that_asks_for_what_no_fit_collects_is_refused(bench: Bench) -> None:
+    steps = Plan.parse("mc-smoe @ r2").resolve(bench.sites)
+    with pytest.raises(UserError, match="mc-smoe needs sensitivity, which no plan collects"):
+        apply(bench.stream(), steps, bench.calibration, bench.chunk)

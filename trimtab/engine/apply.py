@@ -18,6 +18,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.level import Level
 from trimtab.core.method import Method, Rewriter, Scene, Solver
 from trimtab.core.site import Site
+from trimtab.engine.experts import ROUTING, routing
 from trimtab.engine.stats import INPUT_STATS, Collector, collect, gathers
 from trimtab.engine.stream import Flow, Stream
 from trimtab.formats.packed import Packed, join_rows, row_separable
@@ -323,6 +324,9 @@ def _rewrite_model(
     method, levels = step
     assert isinstance(method, Rewriter)
     needs = set(method.needs())
+    if absent := needs - INPUT_STATS - ROUTING - {"cosine"}:
+        raise UserError(f"{method.card.name} needs {', '.join(sorted(absent))}, which no plan collects; call its "
+                        f"{method.verb} with it")  # fmt: skip
     stats: dict[str, dict[str, Tensor]] = {}
     if needs & INPUT_STATS:
         _, behind = outside_sites(stream, batch)
@@ -338,6 +342,9 @@ def _rewrite_model(
     if "cosine" in needs:
         extra["cosine"] = sublayer_cosines(stream, batch, chunk)
     model = stream.whole_model()
+    if needs & ROUTING:
+        parts = [batch.take(i, i + chunk).inputs for i in range(0, len(batch), chunk)]
+        extra |= {name: found for name, found in routing(model, stream.map, parts).items() if name in needs}
     scene = Scene(model, stream.map, tuple(range(len(stream.map.blocks))), levels, stats)
     method.rewrite(scene, **extra)
     done.edits += scene.edits

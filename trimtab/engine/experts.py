@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from trimtab.core.modelmap import ModelMap
 
+ROUTING = frozenset({"usage", "likeness"})
+
 
 @torch.no_grad()
 def routing(

@@ -348,18 +348,19 @@ def traced(source: Any, batch: Any) -> Any:
 
 
 def plan_sites(modelmap: Any) -> list[Site]:
-    """Every site that a plan may name: weights, each storage once, then sublayers and blocks."""
+    """Every site that a plan may name: weights, each storage once, then stacks of experts, sublayers and blocks."""
     weights = {s.path for s in modelmap.sites}
     inner = [s for s in modelmap.sublayers if s.kind != "block"]
+    experts = [s for s in modelmap.sites if s.kind == "experts"]
     places = [Site(sublayer_path(modelmap, s), "sublayer", (), s.block, s.kind) for s in inner]
     places += [Site(path, "block", (), i, "block") for i, path in enumerate(modelmap.blocks)]
-    return [*own_sites(modelmap).values(), *(p for p in places if p.path not in weights)]
+    return [*own_sites(modelmap).values(), *experts, *(p for p in places if p.path not in weights)]
 
 
 def own_sites(modelmap: Any) -> dict[str, Site]:
-    """Sites by path, each storage once: of tied sites the first stands for all."""
+    """Sites of single weights by path, each storage once: of tied sites the first stands for all."""
     later = {name.removesuffix(".weight") for group in modelmap.tied for name in group[1:] if name.endswith(".weight")}
-    return {s.path: s for s in modelmap.sites if s.path not in later}
+    return {s.path: s for s in modelmap.sites if s.path not in later and s.kind != "experts"}
 
 
 def _owners(model: nn.Module, known: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
