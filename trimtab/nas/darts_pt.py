@@ -61,7 +61,7 @@ class DARTSPT(Relaxer):
             chosen[names[i]] = max(places, key=lambda place: harm(names[i], place))
             take(names[i], chosen[names[i]])
         named = {id(vote): name for name, vote in votes.items()}
-        for node in {id(vote.beside): vote for vote in votes.values()}.values():
+        for node in {tuple(map(id, vote.beside)): vote for vote in votes.values()}.values():
             edges = sorted((named[id(vote)] for vote in node.beside), key=lambda name: harm(name, None))
             for name in edges[: len(edges) - node.keep]:
                 chosen[name] = None
