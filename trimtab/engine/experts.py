@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core.modelmap import ModelMap
+from trimtab.engine.watching import watched
 
 ROUTING = frozenset({"usage", "likeness"})
 
@@ -33,24 +33,19 @@ def routing(
     counts = {path: torch.zeros(size) for path, (size, _) in stacks.items()}
     products = {path: torch.zeros(size, size, dtype=torch.double) for path, (size, _) in stacks.items()}
 
-    def chosen(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        places = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
+    def chosen(path: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        places = next(v for v in given if not v.is_floating_point())
         counts[path] += torch.bincount(places.flatten(), minlength=len(counts[path]))
 
-    def routed(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        logits = nn.functional.linear(args[0], module.get_parameter("weight")).flatten(0, -2).double()
+    def routed(path: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        logits = nn.functional.linear(given[0], module.get_parameter("weight")).flatten(0, -2).double()
         products[path] += logits.T @ logits
 
-    handles = []
-    for path, (_, block) in stacks.items():
-        handles.append(model.get_submodule(path).register_forward_pre_hook(partial(chosen, path), with_kwargs=True))
-        handles.append(model.get_submodule(routers[block]).register_forward_pre_hook(partial(routed, path)))
-    try:
+    sees = {path: partial(chosen, path) for path in stacks}
+    sees |= {routers[block]: partial(routed, path) for path, (_, block) in stacks.items()}
+    with watched(model, sees):
         for batch in batches:
             model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     lengths = {path: product.diagonal().clamp_min(1e-12).sqrt() for path, product in products.items()}
     return {
         "usage": {path: count / count.sum().clamp_min(1) for path, count in counts.items()},

@@ -13,6 +13,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.method import Joiner, Scene
 from trimtab.core.modelmap import trace
 from trimtab.engine.stats import rows_of
+from trimtab.engine.watching import watched
 
 Batch = Mapping[str, Tensor]
 Places = tuple[str, ...]
@@ -48,18 +49,11 @@ def _inputs(model: nn.Module, paths: set[str], batch: Batch) -> dict[str, Tensor
     """What each module reads in one forward, as rows; of a module that runs several times all of it."""
     found: dict[str, list[Tensor]] = {path: [] for path in paths}
 
-    def see(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-        found[path].append(rows_of(x, module, path))
+    def see(path: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        found[path].append(rows_of(next(v for v in given if v.is_floating_point()), module, path))
 
-    handles = [
-        model.get_submodule(p).register_forward_pre_hook(partial(see, p), with_kwargs=True) for p in paths
-    ]  # fmt: skip
-    try:
+    with watched(model, {path: partial(see, path) for path in paths}):
         model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {path: torch.cat(parts) for path, parts in found.items()}
 
 

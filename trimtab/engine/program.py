@@ -198,10 +198,10 @@ def form_of(model: nn.Module, found: ModelMap) -> Form:
 
 
 def matrices_of(found: ModelMap) -> dict[str, Matrix]:
-    """Where the weight of each site is."""
+    """Where the weight of each site is; stacks of experts are no matrices."""
     first = {name: names[0] for names in found.tied for name in names}
     made = {}
-    for site in found.sites:
+    for site in (s for s in found.sites if s.kind != "experts"):
         name, (rows, cols) = f"{site.path}.weight", site.shape[:2]
         made[site.path] = Matrix(first.get(name, name), rows, cols, site.transposed, site.kind)
     return made
