@@ -63,7 +63,7 @@ STATISTICS = {
     "loss": {"weak"},
     "decide": {"rng", "changes"},
     "store": set(),
-    "ask": {"rng", "price", "identity"},
+    "ask": {"rng", "price", "nodes", "identity"},
     "offer": set(),
     "build": set(),
     "choose": {"harm", "take", "rng"},

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import product
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from trimtab.catalogue import data_folder
 from trimtab.core.errors import UserError
 from trimtab.core.knob import Domain, Knob
-from trimtab.core.method import Hunt, Searcher, Trial, discover
+from trimtab.core.method import Hunt, Searcher, Trial, discover, method
+from trimtab.engine.hunting import Rung
 from trimtab.nas.evolution import Evolution
 from trimtab.nas.linas import LINAS
+from trimtab.nas.mo_asha import MOASHA
 from trimtab.nas.random_search import RandomSearch
 from trimtab.parts.breeding import Known, design, every
 from trimtab.parts.fronts import Free, crowding, dominates, excess, front, hypervolume, ranks, table
+from trimtab.parts.growing import deeper, wider
+from trimtab.parts.hashing import fingerprint
+from trimtab.parts.neural_predictors import Mixer, Pretrained, diff_kendall
 from trimtab.parts.predicting import Concord, Encoding, Predictor, Ridge, Scores
+from trimtab.parts.protocol import relative_improvement
+from trimtab.tasks.digit_nets import costs, digit_nets, scores
 from trimtab.tasks.nas_tables import bench201, macro, needed
 
-SEARCHERS = {name: cls for name, cls in discover().items() if issubclass(cls, Searcher)}
+
+def given_to(cls: type[Searcher]) -> list[inspect.Parameter]:
+    """The parameters by which a searcher asks for what the engine has."""
+    return [p for p in inspect.signature(cls.ask).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+SEARCHERS = {
+    name: cls
+    for name, cls in discover().items()
+    if issubclass(cls, Searcher) and all(p.default is not p.empty for p in given_to(cls) if p.name != "rng")
+}  # those that need nothing but a generator
 each_searcher = pytest.mark.parametrize("name", SEARCHERS)
 quick = settings(max_examples=40, deadline=None)
 points = st.integers(1, 3).flatmap(
@@ -56,7 +76,7 @@ def run(searcher: Searcher, count: int, batch: int = 4, seed: int = 0, **hunt: o
     trials: tuple[Trial, ...] = ()
     while len(trials) < count:
         asked = Hunt(TREE, trials, **{"objectives": ("error", "ms"), "seed": seed, **hunt})  # type: ignore[arg-type]
-        offered = {"rng": Random(f"{seed}/{len(trials)}"), "price": None, "identity": None}
+        offered = {"rng": Random(f"{seed}/{len(trials)}"), "price": None, "nodes": None, "identity": None}
         new = searcher.ask(asked, min(batch, count - len(trials)), **{k: offered[k] for k in searcher.needs()})
         if not new:
             break
@@ -224,7 +244,7 @@ def test_pending_genomes_are_not_proposed(name: str) -> None:
     searcher = SEARCHERS[name]()
     genomes = list(every(TREE))
     hunt = Hunt(TREE, trials_of(genomes[:40]), ("error", "ms"), pending=tuple(genomes[40:-3]))
-    offered = {"rng": Random(0), "price": None, "identity": None}
+    offered = {"rng": Random(0), "price": None, "nodes": None, "identity": None}
     given_ = {k: offered[k] for k in searcher.needs()}
     assert set(searcher.ask(hunt, 10, **given_)) == set(genomes[-3:]), "the last are found too"
     everything = Hunt(TREE, trials_of(genomes), ("error", "ms"))
@@ -242,6 +262,14 @@ def test_one_objective_and_limits_are_understood(name: str) -> None:
 @pytest.mark.parametrize(
     ("searcher", "message"),
     [
+        (method("functional-hash", sample=0), "sample=0"),
+        (method("deeparchitect", by="dfs"), "by='dfs'"),
+        (method("deeparchitect", by="smbo", explore=2.0), "explore=2.0"),
+        (method("fbnetv3", draws=1), "draws=1"),
+        (method("simq-nas", shapes=0), "shapes=0"),
+        (method("netadapt"), "no price"),
+        (method("eas", parents=0), "parents=0"),
+        (method("parzc"), "no statistics of nodes"),
         (Evolution(first=0), "first=0"),
         (Evolution(cross=2.0), "cross=2.0"),
         (LINAS(first=1), "first=1"),
@@ -263,6 +291,128 @@ def test_a_price_is_taken_as_exact() -> None:
     hunt = Hunt(TREE, tuple(Trial(g, {**scored(g), "ms": 0.0}) for g in list(every(TREE))[:30]), ("error", "ms"))
     assert len(LINAS().ask(hunt, 3, rng=Random(0), price=price)) == 3
     assert sum(asked) > 100
+
+
+def test_both_searchers_of_a_tree_beat_chance_on_it() -> None:
+    best = {}
+    for name, config in (("deeparchitect", {}), ("deeparchitect", {"by": "smbo"}), ("random-search", {})):
+        found = [run(method(name, **config), 24, 1, seed, objectives=("error",)) for seed in range(8)]
+        best[name + str(config)] = np.mean([min(t.values["error"] for t in trials) for trials in found])
+    random = best.pop("random-search{}")
+    assert max(best.values()) < random
+
+
+def test_netadapt_shrinks_until_the_limit_is_met() -> None:
+    searcher, trials, rounds = method("netadapt", step=0.1), (), 0
+    price = lambda genomes: {"bytes": np.array([1.0 + sum((1 + i) * p for i, p in enumerate(g)) for g in genomes])}  # noqa: E731
+    while True:
+        hunt = Hunt(TREE, trials, ("error",), {"bytes": 8.0})
+        new = searcher.ask(hunt, 99, rng=Random(0), price=price)  # type: ignore[attr-defined]
+        if not new:
+            break
+        rounds += 1
+        trials += tuple(Trial(g, {"error": scored(g)["error"], "bytes": float(price([g])["bytes"][0])}) for g in new)
+    costs = [trial.values["bytes"] for trial in trials]
+    assert trials[0].genome == TREE.largest() and rounds > 3
+    assert sum(cost <= 8 for cost in costs) >= 1
+    assert all(0.1 * costs[0] <= costs[0] - cost for cost in costs[1:4]), "each proposal saves a step"
+
+
+def test_a_sequential_search_takes_shapes_first_and_levels_then() -> None:
+    domain = Domain((Knob("width", (1, 2, 3), "width"), Knob("bits", ("2b", "4b", "8b"), "level")))
+    searcher, trials = method("simq-nas", joint=False, first=2, shapes=3), ()
+    for _ in range(6):
+        hunt = Hunt(domain, trials, ("error", "bytes"))
+        (new,) = searcher.ask(hunt, 1, rng=Random(len(trials)))  # type: ignore[attr-defined]
+        trials += (Trial(new, {"error": float(-new[0] - new[1]), "bytes": float(abs(new[0] - 1) + new[1])}),)
+    assert {t.genome[1] for t in trials[:3]} == {2} and {t.genome[1] for t in trials[3:]} <= {0, 1}
+    assert {t.genome[0] for t in trials[3:]} <= {1, 2}, "shapes of the front alone"
+
+
+# ---- neural predictors, hashes, rungs
+
+
+def test_the_smooth_tau_is_tau_where_differences_are_large() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.permutation(20), rng.permutation(20)
+    smooth = 1 - float(diff_kendall(torch.tensor(one, dtype=torch.float), torch.tensor(other, dtype=torch.float), 20))
+    assert smooth == pytest.approx(Concord(one, other).tau, abs=1e-5)
+
+
+def test_a_mixer_learns_which_nodes_count() -> None:
+    rng = np.random.default_rng(0)
+    nodes = 10 ** rng.normal(size=(120, 6))
+    values = np.log10(nodes) @ [2.0, -1.0, 0, 0, 0, 0.5]
+    fitted = Mixer(nodes[:60], values[:60])
+    assert Concord(fitted.mean(nodes[60:]), values[60:]).tau > 0.8 > abs(Concord(nodes[60:].sum(1), values[60:]).tau)
+    assert np.array_equal(fitted.mean(nodes), fitted.mean(nodes))
+
+
+def test_pretraining_on_what_costs_nothing_helps() -> None:
+    encoding, rng = Encoding(TREE), Random(0)
+    genomes = list(every(TREE))
+    rng.shuffle(genomes)
+    rows, error = encoding.rows(genomes), np.array([scored(g)["error"] for g in genomes])
+    free = np.array([[g[0] + g[1], g[4]] for g in genomes], dtype=float)
+    taus = []
+    for statistics in ((rows, free), None):
+        fitted = [Pretrained(statistics, rows[:8], error[:8], seed) for seed in range(3)]
+        taus.append(np.mean([Concord(one.mean(rows[8:]), error[8:]).tau for one in fitted]))
+    assert taus[0] > taus[1]
+
+
+@pytest.mark.parametrize("width", [4, 5, 9])
+def test_growth_keeps_the_function(width: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    conv, next_, last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.Linear(6 * 9, 5)
+    x = torch.randn(3, 2, 8, 8)
+
+    def outputs(a: nn.Module, b: nn.Module, c: nn.Module, *more: nn.Module) -> torch.Tensor:
+        return nn.Sequential(a, nn.ReLU(), *more, b, nn.ReLU(), nn.Flatten(), c)(x)
+
+    before = outputs(conv, next_, last)
+    a, b = wider(conv, next_, width, rng)
+    assert a.weight.shape[0] == width and torch.allclose(outputs(a, b, last), before, atol=1e-5)
+    c, d = wider(next_, last, width + 2, rng)
+    assert torch.allclose(outputs(conv, c, d), before, atol=1e-5)
+    assert torch.allclose(outputs(conv, next_, last, deeper(conv), nn.ReLU()), before, atol=1e-5)
+    noisy = wider(conv, next_, 9, rng, noise=0.1)
+    assert not torch.allclose(outputs(*noisy, last), before, atol=1e-5)
+
+
+def test_growth_that_cannot_be_is_refused() -> None:
+    rng = torch.Generator()
+    with pytest.raises(UserError, match="3 channels were asked for between layers of 4 and 4"):
+        wider(nn.Linear(2, 4), nn.Linear(4, 1), 3, rng)
+    with pytest.raises(UserError, match="its sides must be odd"):
+        deeper(nn.Conv2d(1, 2, 2))
+
+
+def test_the_protocol_is_of_the_mean_random_network() -> None:
+    mean, half = relative_improvement([99.0, 99.0], [90.0] * 5)
+    assert mean == pytest.approx(10) and half == 0
+    with pytest.raises(UserError, match="at least 2 and 5"):
+        relative_improvement([99.0, 99.0], [90.0] * 4)
+
+
+def test_a_hash_is_of_the_function() -> None:
+    x = np.linspace(-1, 1, 40)
+    same = fingerprint([(x + 1) ** 2]), fingerprint([x**2 + 2 * x + 1])
+    assert same[0] == same[1] != fingerprint([x**2 + 2 * x + 1.001])
+    assert fingerprint([np.zeros(3)]) != fingerprint([np.zeros(4)])
+    assert fingerprint([np.array([np.nan])]) == fingerprint([np.array([np.nan])])
+
+
+def test_a_rung_lets_the_best_share_of_the_fronts_go_on() -> None:
+    before = tuple({"error": float(i), "ms": float(8 - i)} for i in range(9))
+
+    def decided(limits: dict[str, float] | None = None, **values: float) -> bool:
+        return MOASHA().decide(Rung(values, before, ("error", "ms"), limits or {}, 0.3, 0))
+
+    assert decided(error=-1.0, ms=-1.0) and not decided(error=9.0, ms=9.0)
+    assert not decided({"ms": 4.0}, error=-1.0, ms=9.0), "a limit counts first"
+    with pytest.raises(UserError, match="eta is above 1"):
+        MOASHA(eta=1.0).decide(Rung({}, before, ("error",), {}, 0.3, 0))
 
 
 # ---- the tables
@@ -302,3 +452,14 @@ def test_without_the_data_a_table_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="TRIMTAB_DATA"):
         macro(tmp_path)
     assert needed([0.1, 0.5, 0.9], 0.5) == 2
+
+
+def test_the_networks_of_the_digits_are_all_there() -> None:
+    nets = digit_nets()
+    assert nets.domain.count() == len(nets.values["error"]) == 216
+    assert nets.values["error"].min() < 15 < nets.values["error"].max()
+    setting = {"depth": 2, "width": 4, "kernel": 3, "pool": "late"}
+    assert costs(setting) == {"macs": (64 * 36 + 16 * 144 + 16 * 10) / 1e3, "params": (40 + 148 + 170) / 1e3}
+    row = nets.domain.genome({**setting, "optimiser": "adam", "rate": 0.01})
+    assert nets.evaluate(row)["macs"] == costs(setting)["macs"]
+    assert scores(row)[0] == pytest.approx(nets.evaluate(row)["error"], abs=2.0)

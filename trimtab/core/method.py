@@ -408,8 +408,9 @@ class Searcher(Method):
     It keeps nothing between calls, so that a journal of trials is all of a search: a killed one goes on with the same
     proposals, and processes share one by its journal. Keyword-only parameters: `rng`, a `random.Random` seeded by the
     hunt's seed and its number of trials; `price`, a callable of genomes that gives exact or predicted costs without an
-    evaluation, {name: array `[genomes]`}; `identity`, a callable of a genome that gives a text, equal for candidates
-    that compute the same function.
+    evaluation, {name: array `[genomes]`}; `nodes`, a callable of genomes that gives what is known of each node of the
+    untrained networks, array `[genomes, nodes]`; `identity`, a callable of a genome that gives a text, equal for
+    candidates that compute the same function.
     """
 
     verb = "ask"

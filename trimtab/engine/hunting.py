@@ -41,7 +41,7 @@ class Chase:
         batch: proposals a time; a searcher with predictors fits them once for all.
         stopper: decides after each rung of an evaluation whether it goes on; None: all do.
         first: genomes that are evaluated before the searcher is asked.
-        price, identity: what a searcher may ask for by name, see `Searcher`.
+        price, nodes, identity: what a searcher may ask for by name, see `Searcher`.
     """
 
     domain: Domain
@@ -53,6 +53,7 @@ class Chase:
     seed: int = 0
     stopper: Policy | None = None
     price: Callable[[list[Genome]], Mapping[str, Any]] | None = None
+    nodes: Callable[[list[Genome]], Any] | None = None
     identity: Callable[[Genome], str] | None = None
     first: tuple[Genome, ...] = ()
 
@@ -73,7 +74,8 @@ class Chase:
         if left := [genome for genome in self.first if genome not in known]:
             return left[:count]
         hunt = Hunt(self.domain, tuple(trials), self.objectives, self.limits, tuple(pending), self.seed)
-        offered = {"rng": Random(f"{self.seed}/{len(trials)}"), "price": self.price, "identity": self.identity}
+        rng = Random(f"{self.seed}/{len(trials)}")
+        offered = {"rng": rng, "price": self.price, "nodes": self.nodes, "identity": self.identity}
         return self.searcher.ask(hunt, count, **{name: offered[name] for name in self.searcher.needs()})
 
 

@@ -17,7 +17,8 @@ class RandomSearch(Searcher):
     Args of `ask`:
         identity: candidates that compute the same function count as evaluated.
 
-    Reference: Li and Talwalkar 2019, arXiv:1902.07638, section 3: the baseline of architecture search.
+    Reference: Yang et al. 2020, arXiv:1912.12522, section 3: what a search is to be measured against, by
+        `parts.protocol.relative_improvement`; Li and Talwalkar 2019, arXiv:1902.07638.
     Departures: without repetition.
 
     >>> from trimtab.core.knob import Domain, Knob
@@ -28,7 +29,8 @@ class RandomSearch(Searcher):
 
     card = Card(
         "random-search",
-        paper="arXiv:1902.07638",
+        catalogue=(130,),
+        paper="arXiv:1912.12522",
         claim="The baseline: knows nothing, and is hard to beat.",
         keeps=frozenset({"deterministic", "resumable"}),
     )

@@ -21,6 +21,7 @@ from trimtab.core.knob import Domain, Genome, Knob
 from trimtab.core.method import Trial
 from trimtab.parts.breeding import every
 from trimtab.parts.fronts import front, hypervolume, table
+from trimtab.parts.hashing import fingerprint
 
 Array = NDArray[np.float64]
 OPERATIONS = ("none", "skip", "conv1", "conv3", "pool")
@@ -162,6 +163,49 @@ def bench201(data: Path | None, device: str = "gold_6226", images: str = "cifar1
     order = np.array([place[genome] for genome in every(domain)])
     values = {"error": seen[order], "unseen": unseen[order], "ms": seconds[order]}
     return Table(f"nb201/{device}", domain, values, ("error", "ms"), "unseen")
+
+
+def cell_hash(genome: Genome, draw: int = 0) -> str:
+    """What a cell of NAS-Bench-201 computes of two fixed images: every operation of a kind has the same fixed weights,
+    so that cells which are the same graph, drawn otherwise, agree. `draw` is of images and weights.
+
+    >>> conv, skip = OPERATIONS.index("conv3"), OPERATIONS.index("skip")
+    >>> same = (conv, 0, 0, 0, skip, 0), (0, conv, 0, 0, 0, skip), (0, 0, 0, conv, 0, 0)
+    >>> len(set(map(cell_hash, same)))
+    1
+    >>> cell_hash((0, 0, 0, conv, 0, 0)) == cell_hash((0, 0, 0, skip, 0, 0))
+    False
+    """
+    nodes = [_canonical(draw)]
+    for node in range(1, 4):
+        edges = [(int(edge[0]), place) for edge, place in zip(EDGES, genome, strict=True) if edge[-1] == str(node)]
+        nodes.append(np.asarray(sum(_operation(OPERATIONS[place], nodes[source], draw) for source, place in edges)))
+    return fingerprint([nodes[-1]])
+
+
+@functools.cache
+def _canonical(draw: int) -> Array:
+    return np.random.default_rng(draw).normal(size=(2, 4, 6, 6))
+
+
+@functools.cache
+def _weights(kernel: int, draw: int) -> Array:
+    return np.random.default_rng((kernel, draw)).normal(size=(kernel * kernel, 4, 4)) / (2 * kernel)
+
+
+def _operation(name: str, x: Array, draw: int) -> Array:
+    """An operation on images `[n, channels, h, w]`."""
+    if name in ("none", "skip"):
+        return x * (name == "skip")
+    kernel = 1 if name == "conv1" else 3
+    edge, (h, w) = kernel // 2, x.shape[2:]
+    padded = np.pad(np.maximum(x, 0) if name != "pool" else x, ((0, 0), (0, 0), (edge, edge), (edge, edge)))
+    shifted = [padded[:, :, i : i + h, j : j + w] for i in range(kernel) for j in range(kernel)]
+    if name == "pool":
+        return np.asarray(sum(shifted) / 9)
+    return np.asarray(
+        sum(np.einsum("oc,nchw->nohw", m, s) for m, s in zip(_weights(kernel, draw), shifted, strict=True))
+    )
 
 
 def _places(cell: str) -> list[int]:
