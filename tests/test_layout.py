@@ -167,7 +167,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     allowed = {
         "trimtab": core | optional,
         "claims": core | optional,
-        "benchmarks": core | optional | names(extras["dev"]),
+        "benchmarks": core | optional | names(extras["dev"] + extras["search"]),
     }
     allowed["tests"] = allowed["benchmarks"] | names(extras["fuzz"])
     owners = packages_distributions()

@@ -303,7 +303,7 @@ def test_both_searchers_of_a_tree_beat_chance_on_it() -> None:
 
 
 def test_netadapt_shrinks_until_the_limit_is_met() -> None:
-    searcher, trials, rounds = method("netadapt", step=0.1), (), 0
+    searcher, trials, rounds = method("netadapt", saving=0.1), (), 0
     price = lambda genomes: {"bytes": np.array([1.0 + sum((1 + i) * p for i, p in enumerate(g)) for g in genomes])}  # noqa: E731
     while True:
         hunt = Hunt(TREE, trials, ("error",), {"bytes": 8.0})

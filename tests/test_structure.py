@@ -472,15 +472,15 @@ def test_ranking() -> None:
             f"model.layers.{i}.mlp": torch.tensor(0.95 - 0.2 * i),
         }
         cosine[f"model.layers.{i}"] = torch.tensor([0.5, 0.8, 0.6][i])
-    assert LLMDrop().choose(modelmap, 2, cosine) == ("model.layers.2.self_attn", "model.layers.1.self_attn")
-    assert LLMDrop(target="mlp").choose(modelmap, 1, cosine) == ("model.layers.0.mlp",)
-    assert LLMDrop(target="block").choose(modelmap, 1, cosine) == ("model.layers.1",)
-    joint = LLMDrop(target="joint").choose(modelmap, 3, cosine)
+    assert LLMDrop().pick(modelmap, 2, cosine) == ("model.layers.2.self_attn", "model.layers.1.self_attn")
+    assert LLMDrop(target="mlp").pick(modelmap, 1, cosine) == ("model.layers.0.mlp",)
+    assert LLMDrop(target="block").pick(modelmap, 1, cosine) == ("model.layers.1",)
+    joint = LLMDrop(target="joint").pick(modelmap, 3, cosine)
     assert joint == ("model.layers.2.self_attn", "model.layers.0.mlp", "model.layers.1.self_attn")
     with pytest.raises(UserError, match="has 3"):
-        LLMDrop().choose(modelmap, 4, cosine)
+        LLMDrop().pick(modelmap, 4, cosine)
     with pytest.raises(UserError, match="heads"):
-        LLMDrop(target="heads").choose(modelmap, 1, cosine)
+        LLMDrop(target="heads").pick(modelmap, 1, cosine)
 
 
 @given(st.integers(1, 200), st.floats(1.05, 10))

@@ -45,7 +45,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     nets = {DOMAIN.largest(): start}
     price = lambda genomes: {"macs": np.array([cost(widths(genome)) for genome in genomes])}  # noqa: E731
     trials: tuple[Trial, ...] = ()
-    searcher = NetAdapt(step=0.06)
+    searcher = NetAdapt(saving=0.06)
     while new := searcher.ask(Hunt(DOMAIN, trials, ("error",), {"macs": LIMIT}), 99, rng=Random(0), price=price):
         for genome in new:
             if genome != DOMAIN.largest():

@@ -40,10 +40,10 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     modelmap = bench.modelmap
     cosine = sublayer_cosines(bench.stream(), bench.calibration, bench.chunk)
     picks = {
-        "attention": LLMDrop().choose(modelmap, 2, cosine),
-        "mlp": LLMDrop(target="mlp").choose(modelmap, 2, cosine),
-        "joint": LLMDrop(target="joint").choose(modelmap, 2, cosine),
-        "block": LLMDrop(target="block").choose(modelmap, 1, cosine),
+        "attention": LLMDrop().pick(modelmap, 2, cosine),
+        "mlp": LLMDrop(target="mlp").pick(modelmap, 2, cosine),
+        "joint": LLMDrop(target="joint").pick(modelmap, 2, cosine),
+        "block": LLMDrop(target="block").pick(modelmap, 1, cosine),
     }
     rng = torch.Generator().manual_seed(seed)
     every = [sublayer_path(modelmap, s) for s in modelmap.sublayers]

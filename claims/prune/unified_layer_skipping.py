@@ -40,7 +40,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     """Numbers of one draw of tuning and test windows."""
     bench = lab.bench("pocket-lm", seed, items=32)
     blocks = bench.modelmap.blocks
-    balanced = METHOD.choose(bench.modelmap)
+    balanced = METHOD.pick(bench.modelmap)
     count = len(balanced)
     picks = {"balanced": balanced, "bottom": blocks[1 : 1 + count], "top": blocks[-1 - count : -1]}
     train = bench.task.batch("calibration", STEPS * ITEMS, seed).inputs["input_ids"]

@@ -36,7 +36,7 @@ class DeepArchitect(Searcher):
         bonus: of the bound (paper's code: 1).
         walks: on the surrogate for each proposal (paper's code: 256).
         explore: share of proposals that are random with `smbo` (paper's code: 0.1).
-        merge: decisions of ordered knobs are split in halves, so that near options share what is found.
+        halves: decisions of ordered knobs are split in halves, so that near options share what is found.
 
     Reference: Negrinho and Gordon 2017, arXiv:1704.08792, sections 6.2 (MCTS, with bisection) and 6.3 (SMBO).
     Departures: ranks in place of accuracies, so that several objectives and limits are understood; nothing is
@@ -53,7 +53,7 @@ class DeepArchitect(Searcher):
     bonus: float = 0.3
     walks: int = 128
     explore: float = 0.1
-    merge: bool = True
+    halves: bool = True
 
     card = Card(
         "deeparchitect",
@@ -80,7 +80,7 @@ class DeepArchitect(Searcher):
         genomes = [trial.genome for trial in hunt.trials]
         scores = _ranked(hunt)
         if self.by == "mcts":
-            tree = _Tree(domain, self.merge, self.bonus)
+            tree = _Tree(domain, self.halves, self.bonus)
             for genome, score in zip(genomes, scores, strict=True):
                 tree.learn(genome, score)
             for genome in hunt.pending:
@@ -88,7 +88,7 @@ class DeepArchitect(Searcher):
             return known.taken(lambda: tree.tried(rng), count)
         encoding = Encoding(domain)
         surrogate = Ridge(encoding.rows(genomes), np.asarray(scores))
-        tree = _Tree(domain, self.merge, self.bonus)
+        tree = _Tree(domain, self.halves, self.bonus)
         walked: dict[Genome, float] = {}
         for _ in range(self.walks):
             genome = tree.walk(rng)
@@ -113,14 +113,14 @@ def _ranked(hunt: Hunt) -> list[float]:
 class _Tree:
     """Counts and sums of scores below each decision; a decision of an ordered knob is a row of halvings."""
 
-    def __init__(self, domain: Domain, merge: bool, bonus: float) -> None:
-        self.domain, self.merge, self.bonus = domain, merge, bonus
+    def __init__(self, domain: Domain, halves: bool, bonus: float) -> None:
+        self.domain, self.halves, self.bonus = domain, halves, bonus
         self.count: dict[Path, int] = defaultdict(int)
         self.total: dict[Path, float] = defaultdict(float)
 
     def _parts(self, i: int, left: Sequence[int]) -> list[Sequence[int]]:
         """What a decision among some options of a knob is between."""
-        if self.merge and self.domain.knobs[i].ordered and len(left) > 2:
+        if self.halves and self.domain.knobs[i].ordered and len(left) > 2:
             half = (len(left) + 1) // 2
             return [left[:half], left[half:]]
         return [[place] for place in left]

@@ -26,7 +26,7 @@ class NetAdapt(Searcher):
     It ends once the limit is met or nothing can be shrunk further.
 
     Fields:
-        step: least share of the largest network's cost that a proposal saves (paper: 0.01).
+        saving: least share of the largest network's cost that a proposal saves (paper: 0.01).
 
     Args of `ask`:
         price: gives the cost, whose name is the hunt's one limit; the first objective is the error.
@@ -45,7 +45,7 @@ class NetAdapt(Searcher):
     [(0, 1), (1, 0)]
     """
 
-    step: float = 0.01
+    saving: float = 0.01
 
     card = Card(
         "netadapt",
@@ -57,9 +57,9 @@ class NetAdapt(Searcher):
 
     def ask(self, hunt: Hunt, count: int, *, rng: Random, price: Price | None) -> list[Genome]:
         """At most `count` proposals of the present round; none once the limit is met."""
-        if price is None or len(hunt.limits) != 1 or not 0 < self.step < 1:
+        if price is None or len(hunt.limits) != 1 or not 0 < self.saving < 1:
             raise UserError(
-                f"netadapt was asked for with step={self.step}, the limits {', '.join(hunt.limits) or 'none'} and "
+                f"netadapt was asked for with saving={self.saving}, the limits {', '.join(hunt.limits) or 'none'} and "
                 f"{'a' if price else 'no'} price; it takes a step in 0..1, one limit, and a price of that name"
             )
         done = {trial.genome: trial for trial in hunt.trials}
@@ -79,7 +79,7 @@ class NetAdapt(Searcher):
         for i, place in enumerate(at):
             for smaller in reversed(range(place)) if now > limit else ():
                 genome = hunt.domain.canonical((*at[:i], smaller, *at[i + 1 :]))
-                if now - float(price([genome])[name][0]) >= self.step * start:
+                if now - float(price([genome])[name][0]) >= self.saving * start:
                     found[genome] = None
                     break
         return list(found)

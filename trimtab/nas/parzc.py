@@ -31,7 +31,7 @@ class ParZC(Searcher):
     Fields:
         first: random genomes before the mixer is first fitted.
         draws: random genomes that are scored.
-        loss: `kendall` or, for comparison, `mse`.
+        fit: `kendall` or, for comparison, `mse`.
 
     Args of `ask`:
         nodes: statistics `[genomes, nodes]`; the first objective is what is ordered.
@@ -47,7 +47,7 @@ class ParZC(Searcher):
 
     first: int = 20
     draws: int = 100
-    loss: Literal["kendall", "mse"] = "kendall"
+    fit: Literal["kendall", "mse"] = "kendall"
 
     card = Card(
         "parzc",
@@ -63,9 +63,9 @@ class ParZC(Searcher):
         Raises:
             UserError: there are no statistics of nodes, or a field makes no sense.
         """
-        if nodes is None or min(self.first, self.draws) < 2 or self.loss not in ("kendall", "mse"):
+        if nodes is None or min(self.first, self.draws) < 2 or self.fit not in ("kendall", "mse"):
             raise UserError(
-                f"parzc was asked for with first={self.first}, draws={self.draws}, loss={self.loss!r} and "
+                f"parzc was asked for with first={self.first}, draws={self.draws}, fit={self.fit!r} and "
                 f"{'' if nodes else 'no '}statistics of nodes; it needs these, at least 2 draws, and kendall or mse"
             )
         domain, known = hunt.domain, Known(hunt)
@@ -77,7 +77,7 @@ class ParZC(Searcher):
         place = np.lexsort((values, over if len(over) else np.zeros(len(values))))
         order = np.empty(len(place))
         order[place] = np.arange(len(place))
-        mixer = Mixer(nodes([trial.genome for trial in whole]), order, self.loss, hunt.seed)
+        mixer = Mixer(nodes([trial.genome for trial in whole]), order, self.fit, hunt.seed)
         pool = [g for g in dict.fromkeys(domain.random(rng) for _ in range(self.draws)) if g not in known]
         best = iter([pool[i] for i in np.argsort(mixer.mean(nodes(pool)))] if pool else [])
         return known.taken(lambda: next(best, None) or domain.random(rng), count)

@@ -54,7 +54,7 @@ class LLMDrop(Rewriter):
         """S = 1 - cosine for each path."""
         return {path: round(1 - float(value), 6) for path, value in cosine.items()}
 
-    def choose(self, modelmap: ModelMap, count: int, cosine: Mapping[str, Tensor]) -> tuple[str, ...]:
+    def pick(self, modelmap: ModelMap, count: int, cosine: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Paths of the `count` least important sublayers or blocks of the target, least important first.
 
         Args:

@@ -61,7 +61,7 @@ class UnifiedLayerSkipping(Rewriter):
             return (0,)
         return tuple(int(i * (blocks - 1) / (count - 1) + 0.5) for i in range(count))
 
-    def choose(self, modelmap: ModelMap, count: int | None = None) -> tuple[str, ...]:
+    def pick(self, modelmap: ModelMap, count: int | None = None) -> tuple[str, ...]:
         """Paths of the blocks to drop: `count` of them, or as many as the speed-up says."""
         total = len(modelmap.blocks)
         stay = set(self.kept(total, None if count is None else total - count))
