@@ -80,7 +80,7 @@ class Request:
     budget: Budget = field(default_factory=Budget)
     flops: float | None = None
     parameters: float | None = None
-    method: str = "sandwich"
+    method: str = "uniform-sampling"
     searcher: str = "linas"
     evaluations: int = 100
     steps: int = 1000
@@ -165,6 +165,8 @@ def search(
 
 
 def _request(space: str | None, data: str | None, budget: Budget | None = None, **options: Any) -> Request:
+    if not options.get("method"):  # what came off best here for each
+        options["method"] = "uniform-sampling" if options.get("model") is None else "instatune"
     return Request(space=space, data=data, budget=budget or Budget(), **options)
 
 

@@ -29,8 +29,8 @@ def command(
     device: Annotated[str, typer.Option(help="here, or the file of a device profile of this machine")] = "here",
     levels: Annotated[str, typer.Option(help="with --from: levels that each block may have, like 8b/row,4b/g64")] = "",
     method: Annotated[
-        str, typer.Option(help="how the elastic network is trained, see `trimtab methods --family nas`")
-    ] = "sandwich",
+        str | None, typer.Option(help="how the elastic network is trained; by default uniform-sampling, or instatune")
+    ] = None,
     searcher: Annotated[str, typer.Option(help="what proposes sub-networks")] = "linas",
     evaluations: Annotated[int, typer.Option(min=1, help="sub-networks that are scored")] = 100,
     steps: Annotated[int, typer.Option(min=1, help="of the training")] = 1000,
