@@ -421,7 +421,6 @@ def test_a_plan_merges_experts_and_rounds_the_rest(bench: Bench, tmp_path: Path)
     loaded: Any = load(tmp_path / "out").model
     assert {e["op"] for e in applied.edits} == {"share"} and len(applied.edits) == 2
     assert loaded.get_parameter("model.layers.0.mlp.experts.down_proj").shape[0] == 2
-    assert isinstance(load(tmp_path / "out", packed=True).generate("import", 3), str)
     batch = {"input_ids": torch.arange(40).reshape(2, 20)}
     assert torch.allclose(run(loaded, batch), run(applied.stream.whole_model(), batch), atol=1e-4)
 

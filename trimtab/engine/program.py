@@ -198,10 +198,11 @@ def form_of(model: nn.Module, found: ModelMap) -> Form:
 
 
 def matrices_of(found: ModelMap) -> dict[str, Matrix]:
-    """Where the weight of each site is; stacks of experts are no matrices."""
+    """Where the weight of each site is; stacks of experts are no matrices, and routers return more than a product."""
+    routers = {site.path for site in found.where("router")}
     first = {name: names[0] for names in found.tied for name in names}
     made = {}
-    for site in (s for s in found.sites if s.kind != "experts"):
+    for site in (s for s in found.sites if s.kind != "experts" and s.path not in routers):
         name, (rows, cols) = f"{site.path}.weight", site.shape[:2]
         made[site.path] = Matrix(first.get(name, name), rows, cols, site.transposed, site.kind)
     return made
