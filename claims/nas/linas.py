@@ -40,7 +40,7 @@ CLAIM = Claim(
         ),
         Check("at least 10,000 candidates a second go through the predictor", "per_second", ">=", 10_000.0),
     ),
-    seeds=tuple(range(10)),
+    seeds=tuple(range(20)),
     needs=("data",),
 )
 
