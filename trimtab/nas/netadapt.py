@@ -49,7 +49,6 @@ class NetAdapt(Searcher):
 
     card = Card(
         "netadapt",
-        catalogue=(151,),
         paper="arXiv:1905.02244",
         claim="Meets a latency with less error than narrowing all layers alike.",
         keeps=frozenset({"deterministic", "resumable"}),
