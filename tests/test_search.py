@@ -265,6 +265,22 @@ def test_what_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "labels" in refused(2, "mobile-cnn", "--data", str(_npz(tmp_path / "bad.npz", labels=-1)))
 
 
+def test_spaces_that_cannot_be_followed_name_the_place(cli: Cli, tmp_path: Path) -> None:
+    head = "import torch\nfrom torch import nn\nfrom trimtab.space import Width\n\n"
+    values = "class Net(nn.Module):\n    def __init__(self, width):\n        super().__init__()\n"
+    values += "        self.a, self.b = nn.Linear(64, width), nn.Linear(width, 10)\n"
+    values += "    def forward(self, x):\n        y = self.a(x.flatten(1))\n"
+    values += "        return self.b(y if float(y.detach().sum()) > 0 else -y)\n\n"
+    unfit = values.replace("nn.Linear(width, 10)", "nn.Linear(8, 10)").replace(
+        "if float(y.detach().sum()) > 0 else -y", ""
+    )
+    for body, words in ((values, "cannot be followed"), (unfit, "cannot be followed in b")):
+        file = tmp_path / "space.py"
+        file.write_text(head + body + "def network():\n    return Net(Width(4, 8, 16))\n")
+        said = cli("search", str(file), "--size", "1MB", "--steps", "1", "-q", "--out", str(tmp_path / "run"))
+        assert said.code == 2 and words in said.err and "width=" in said.err and len(said.err.splitlines()) == 1, said
+
+
 def _npz(path: Path, labels: int) -> Path:
     images = np.zeros((20, 1, 8, 8), dtype=np.float32)
     np.savez(path, images=images, labels=np.full(20, labels))
