@@ -59,7 +59,7 @@ def cnns(tmp_path: Path) -> tuple[Path, Path]:
     """Two networks of one architecture whose units are in another order, and differ a little."""
     images, labels = (part[:200] for part in digits("train"))
     first = PocketCNN.from_pretrained(POCKET["pocket-cnn"]).eval().requires_grad_(False)
-    second: Any = permuted(first, {"images": images})
+    second: Any = permuted(first, {"pixel_values": images})
     with torch.no_grad():
         second.head.weight.mul_(1.1)
     first.save_pretrained(tmp_path / "one")

@@ -46,8 +46,8 @@ def cnn(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(seed)
     model = PocketCNN(PocketCNNConfig(widths=(8, 16), inner=((12,), (20,)))).eval()
     images = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(9))
-    settle(model, [{"images": images}])
-    return model, {"images": images}
+    settle(model, [{"pixel_values": images}])
+    return model, {"pixel_values": images}
 
 
 def transformer(make: Any) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -46,7 +46,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     models = [trained(domain, 10 * seed + i) for i, domain in enumerate(DOMAINS)]
     images = torch.cat([d.data(domain, "train")[0][:300] for domain in DOMAINS])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    batches: list[Batch] = [{"images": part} for part in images[order].split(150)]
+    batches: list[Batch] = [{"pixel_values": part} for part in images[order].split(150)]
 
     def made(method: PLeaS) -> float:
         joined = join(method, models, batches)

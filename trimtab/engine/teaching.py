@@ -51,6 +51,9 @@ class Teaching:
         self.supernet, self.method, self.steps, self.seed = supernet, method, steps, seed
         self.inputs, self.labels, self.options, self.folder = dict(inputs), labels, dict(options or {}), folder
         self.offered = method.offer(supernet.domain)
+        for p in supernet.parameters():  # from the first step on: what a step leaves out moves on alike, resumed or not
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
         self.passes = 0  # forward and backward passes of networks so far
         self._before: nn.Module | None = None
 
