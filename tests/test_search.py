@@ -219,10 +219,24 @@ def test_levels_and_widths_share_one_allocation(tiny: Path, text: Path, tmp_path
         assert torch.allclose(again, found.model(tokens).logits, atol=1e-4)
 
 
+SMALL_SPACE = """
+from torch import nn
+from trimtab.space import Depth, Width
+
+def network(channels=1, classes=10):
+    width = Width(16, 24, 32)
+    layers = [nn.Flatten(), nn.Linear(64 * channels, width), nn.BatchNorm1d(width), nn.ReLU()]
+    for _ in Depth(1, 2, name="blocks"):
+        layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, classes))
+"""
+
+
 def test_killed_and_resumed_it_ends_with_the_same_network(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(SMALL_SPACE)
     code = "import sys; from trimtab.cli import main; main(sys.argv[1:])"
-    line = ["search", "mobile-cnn", "--size", "200kB", "--steps", "60", "--batch", "16", "--evaluations", "8", "-q"]
-    start = [sys.executable, "-c", code, *line, "--threads", "1", "--out"]
+    line = ["search", str(tmp_path / "small.py"), "--size", "14kB", "--steps", "400", "--batch", "16", "-q"]
+    start = [sys.executable, "-c", code, *line, "--evaluations", "6", "--threads", "1", "--out"]
     for stage in ("training/checkpoint-*", "trials/trials.jsonl"):
         resume = ["--resume"] if (tmp_path / "cut").exists() else []
         process = subprocess.Popen([*start, str(tmp_path / "cut"), *resume])
