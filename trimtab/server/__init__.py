@@ -1,0 +1,1 @@
+"""`trimtab serve`: a process that keeps watch, one that speaks HTTP, and one that runs the model; see docs/serve.md."""
