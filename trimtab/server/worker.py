@@ -32,7 +32,6 @@ USUAL = 4096  # of context, where the model can do more and nobody says
 
 def main(args: list[str] | None = None) -> None:
     """Serve until told to drain."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; whoever keeps watch says when to end
     try:
         options = _parser().parse_args(args)
         Worker(options).run()
@@ -135,9 +134,8 @@ class Worker:
         sizes = {"sequences": options.users, "chunk": rows, "cache": options.cache, "bank": self.bank, "paged": True}
         writer = runtime.open(self.context, **sizes)  # type: ignore[arg-type]
         form = CacheFormat.parse(options.cache)
-        self.registry = Registry(
-            options.adapters, self.bank, lambda f: None if options.force else check_base(f, loaded.hashes)
-        )
+        fits = (lambda folder: None) if options.force else (lambda folder: check_base(folder, loaded.hashes))
+        self.registry = Registry(options.adapters, self.bank, fits)
         adapters = self.registry.sizes()
         for name, why in self.registry.broken.items():
             print(f"the adapter {name} cannot be used: {why}", file=sys.stderr)
@@ -166,11 +164,13 @@ class Worker:
 
     def run(self) -> None:
         """Take orders and do steps."""
-        self.socket.unlink(missing_ok=True)
+        early = self.socket.with_suffix(".early")
+        early.unlink(missing_ok=True)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listening.bind(str(self.socket))
-        os.chmod(self.socket, 0o600)
+        listening.bind(str(early))
         listening.listen(1)
+        os.chmod(early, 0o600)
+        early.rename(self.socket)  # who sees it can connect
         threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
         parent = os.getppid()
         while not (self.draining and self.service.idle):
@@ -199,7 +199,12 @@ class Worker:
         try:
             item = self.inbox.get(timeout=wait) if wait else self.inbox.get_nowait()
             while True:
-                self._order(*item)
+                line, message = item
+                try:
+                    self._order(line, message)
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    print(f"an order that cannot be read: {type(error).__name__}: {error}", file=sys.stderr)
+                    line.close()
                 item = self.inbox.get_nowait()
         except queue.Empty:
             return
@@ -425,4 +430,7 @@ def _said(count: int | None) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; whoever keeps watch says when to end
     main()
+    sys.stderr.flush()
+    os._exit(0)  # threads that wait for connections are not waited for
