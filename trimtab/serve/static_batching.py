@@ -22,7 +22,11 @@ class StaticBatching(Policy):
     ()
     """
 
-    card = Card("static-batching", keeps=frozenset({"exact", "deterministic"}))
+    card = Card(
+        "static-batching",
+        claim="The baseline: who comes late waits for the last of those who run.",
+        keeps=frozenset({"exact", "deterministic"}),
+    )
 
     def decide(self, view: View) -> Decision:
         """Who begins, once nobody runs."""
