@@ -25,21 +25,23 @@ class Registry:
         check: refuses one that was trained on another model.
 
     Attributes:
+        folders: of those that the last look found, by name.
         broken: name -> why it cannot be used.
     """
 
     def __init__(self, folder: Path | None, bank: Bank, check: Callable[[Path], object]) -> None:
         self.folder, self.bank, self.check = folder, bank, check
+        self.folders: dict[str, Path] = {}
         self.broken: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(1, "adapters")
         self._coming: dict[str, Future[None]] = {}
 
     def scan(self) -> dict[str, Path]:
-        """The folders of all adapters there, by name."""
-        if self.folder is None:
-            return {}
-        found = (entry for entry in sorted(self.folder.iterdir()) if NAME.fullmatch(entry.name))
-        return {entry.name: entry for entry in found if (entry / CONFIG).is_file()}
+        """Look which there are: their folders by name."""
+        if self.folder is not None:
+            found = (entry for entry in sorted(self.folder.iterdir()) if NAME.fullmatch(entry.name))
+            self.folders = {entry.name: entry for entry in found if (entry / CONFIG).is_file()}
+        return self.folders
 
     def sizes(self) -> dict[str, int]:
         """Bytes that each takes in the pool, from the headers of their files alone; a damaged one is `broken`."""
@@ -49,7 +51,7 @@ class Registry:
         """Bytes that one takes; None where it is damaged, and then it is `broken`."""
         self.broken.pop(name, None)
         try:
-            return _pooled(self.scan()[name] / WEIGHTS)
+            return _pooled(self.folders[name] / WEIGHTS)
         except UserError as error:
             self.broken[name] = self._said(error)
             return None
@@ -68,9 +70,7 @@ class Registry:
         self.bank.remove(name)
 
     def _bring(self, name: str) -> None:
-        folder = self.scan().get(name)
-        if folder is None:
-            raise UserError(f"{name} is not in the folder of adapters any more; put it back")
+        folder = self.folders[name]
         adapter = read_adapter(folder)
         self.check(folder)
         self.bank.add(name, adapter)

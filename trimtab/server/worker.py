@@ -33,14 +33,15 @@ USUAL = 4096  # of context, where the model can do more and nobody says
 def main(args: list[str] | None = None) -> None:
     """Serve until told to drain."""
     try:
-        options = _parser().parse_args(args)
+        options = arguments().parse_args(args)
         Worker(options).run()
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments() -> argparse.ArgumentParser:
+    """What it takes."""
     parser = argparse.ArgumentParser(prog="trimtab.server.worker")
     parser.add_argument("model")
     parser.add_argument("--socket", type=Path, required=True)
