@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trimtab.core.errors import UserError
 from trimtab.engine.adapters import Bank, pooled_bytes
+from trimtab.engine.memory import give_back_freed_memory
 from trimtab.formats.checkpoint import read_header
 from trimtab.formats.peft import CONFIG, PREFIX, WEIGHTS, read_adapter
 
@@ -74,6 +75,8 @@ class Registry:
         adapter = read_adapter(folder)
         self.check(folder)
         self.bank.add(name, adapter)
+        del adapter
+        give_back_freed_memory()  # of the factors as they were read, in pieces between others that stay
 
     def _outcome(self, name: str, future: Future[None]) -> UserError | None:
         error = future.exception()
