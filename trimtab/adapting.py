@@ -677,8 +677,7 @@ def within(
     for frugal in (True, False):  # what a process keeps for itself it does not give back later
         fixed, items = _passed(model, data, trained, frugal)
         for micro, (codec, share) in tries:
-            needs = fixed + state + micro * items[codec, share]
-            needs += needs // 20  # for what is evaluated and written around the steps
+            needs = _around(fixed + state + micro * items[codec, share])
             if needs <= limit:
                 plan = {"limit": limit, "expected": needs, "held": fixed, "state": state}
                 found = replace(recipe, micro=micro, codec=codec, recompute=share, frugal=frugal), plan
@@ -689,10 +688,16 @@ def within(
         return found
     raise BudgetError(
         f"{say_bytes(limit)} of memory were asked for, and the least that fits is "
-        f"{say_bytes(fixed + state + items[LADDER[-1]])}: {say_bytes(fixed)} for the process with its weights, "
-        f"{say_bytes(state)} for gradients and the optimiser, {say_bytes(items[LADDER[-1]])} for one item in flight; "
-        "raise --memory, shorten --length, lower --rank, hold weights in bf16, or adapt a fitted artifact"
+        f"{say_bytes(_around(fixed + state + items[LADDER[-1]]))}: {say_bytes(fixed)} for the process with its "
+        f"weights, {say_bytes(state)} for gradients and the optimiser, {say_bytes(items[LADDER[-1]])} for one item in "
+        "flight, and a twentieth for what is done around the steps; raise --memory, shorten --length, lower --rank, "
+        "hold weights in bf16, or adapt a fitted artifact"
     )
+
+
+def _around(needs: int) -> int:
+    """With what is evaluated and written around the steps."""
+    return needs + needs // 20
 
 
 def _passed(
