@@ -17,8 +17,31 @@ from typing import Any
 
 import psutil
 
+from trimtab.models.pocket import POCKET
+
 ENGINE = Path(__file__).with_name("server_engine.py")
 PATIENCE = 30.0
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def model_folder(folder: Path) -> Path:
+    """Pocket's tokenizer with a chat template."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((POCKET["pocket"] / name).read_bytes())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Two adapters by name, with nothing in them."""
+    for name in ("one", "two"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "adapter_config.json").write_text("{}")
+    return folder
 
 
 def until(done: Callable[[], Any], seconds: float = PATIENCE) -> Any:

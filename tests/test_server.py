@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from server_engine import BUSY, CONTEXT, EOS, REFUSE
-from server_running import Running, running, until
+from server_running import Running, adapter_folder, model_folder, running, until
 
 from trimtab.models.pocket import POCKET
 from trimtab.server.text import Vocabulary
@@ -17,26 +17,6 @@ from trimtab.server.text import Vocabulary
 openai = pytest.importorskip("openai")
 VOCABULARY = Vocabulary(POCKET["pocket"])
 TEXT = "def add(a, b):\n    return 'ö' + “日本” 🙂"
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}"
-    "{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def model_folder(folder: Path) -> Path:
-    """Pocket's tokenizer with a chat template."""
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((POCKET["pocket"] / name).read_bytes())
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
-
-
-def adapter_folder(folder: Path) -> Path:
-    for name in ("one", "two"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "adapter_config.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture(scope="module")

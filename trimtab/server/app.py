@@ -291,7 +291,7 @@ def _look(app: FastAPI, service: Service) -> None:
     @app.get("/", responses={200: {"content": {"text/html": {}}}})
     async def page() -> Response:
         nonce = secrets.token_urlsafe(16)
-        policy = f"default-src 'none'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+        policy = f"default-src 'none'; img-src data:; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
         headers = {"Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
         headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
         return Response(PAGE.read_text("utf-8").replace("NONCE", nonce), media_type="text/html", headers=headers)
