@@ -11,24 +11,23 @@ from server_running import running
 from trimtab.models.pocket import POCKET
 from trimtab.server.text import Vocabulary
 
-pytest.importorskip("lm_eval", reason="lm-eval is large and not installed here: pip install 'lm-eval[api]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_scores_and_texts_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
+    why = "lm-eval brings half a gigabyte and is not installed here: pip install 'lm-eval[api]'"
+    instance = pytest.importorskip("lm_eval.api.instance", reason=why).Instance
+    client = pytest.importorskip("lm_eval.models.openai_completions", reason=why).LocalCompletionsAPI
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     vocabulary = Vocabulary(POCKET["pocket"])
     context, rest = "def add(a, b):", "\n    return a + b"
 
-    def asked(kind: str, arguments: Any) -> Instance:
-        return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+    def asked(kind: str, arguments: Any) -> Any:
+        return instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
     with running(tmp_path, key="k") as server:
         address = f"http://127.0.0.1:{server.port}/v1/completions"
-        model = LocalCompletionsAPI(
+        model = client(
             base_url=address,
             model="pocket",
             tokenizer_backend="huggingface",
