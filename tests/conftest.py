@@ -27,6 +27,10 @@ if folder := os.environ.get("TRIMTAB_TEST_KERNELS"):  # kernels of another build
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # tests that run side by side have a core each
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 SMALL = ("--effort", "quick", "--length", "32", "--methods", "gptq,rtn")
 
 

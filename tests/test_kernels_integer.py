@@ -187,3 +187,14 @@ def test_what_does_not_fit_is_refused(module: ModuleType) -> None:
         grouped(module, [short])
     with pytest.raises(ValueError, match="has 64 columns"):
         grouped(module, [packed]).apply(inputs(1, 65).numpy())
+
+
+@pytest.mark.parametrize("level", ["4b/g32", "4b/g32/sym", "2b/g64", "3b/g128", "8b/g128", "4b/g200"])
+def test_an_output_depends_on_its_own_inputs_alone(level: str, module: ModuleType) -> None:
+    for rows, cols in ((40, 512), (33, 5000)):
+        found = parse_level(level)
+        assert isinstance(found, Int)
+        weight, x = grouped(module, [packed_of(found, rows, cols)]), inputs(70, cols).numpy()
+        alone = torch.cat([torch.from_numpy(weight.apply(x[i : i + 1])) for i in range(70)])
+        for count in (2, 5, 8, 31, 33, 47, 70):
+            assert torch.equal(torch.from_numpy(weight.apply(x[:count])), alone[:count])

@@ -22,8 +22,9 @@ from trimtab.core.level import parse_level
 from trimtab.core.method import method
 from trimtab.engine import memory
 from trimtab.engine import session as sessions
+from trimtab.engine.drawing import draw
 from trimtab.engine.program import compile_form
-from trimtab.engine.session import Runtime, Session, Timing, TorchSession, Writer, choose, generate, map_of
+from trimtab.engine.session import Runtime, Session, Timing, TorchSession, Writer, generate, map_of
 from trimtab.formats.cache import CacheFormat
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
@@ -335,11 +336,11 @@ def test_timing() -> None:
 def test_tokens_are_drawn_by_their_chance() -> None:
     logits = np.array([2.0, -np.inf, 0.5, 1.0], np.float32)
     rng = np.random.default_rng(0)
-    assert choose(logits, 0.0, rng) == 0
-    drawn = np.bincount([choose(logits, 0.7, rng) for _ in range(4000)], minlength=4) / 4000
+    assert draw(logits, rng) == 0
+    drawn = np.bincount([draw(logits, rng, 0.7) for _ in range(4000)], minlength=4) / 4000
     chance = torch.softmax(torch.from_numpy(logits) / 0.7, 0).numpy()
     assert drawn[1] == 0 and np.abs(drawn - chance).max() < 0.03
-    assert choose(np.array([900.0, -900.0], np.float32), 1e-6, rng) == 0
+    assert draw(np.array([900.0, -900.0], np.float32), rng, 1e-6) == 0
 
 
 # ---- an artifact of many levels

@@ -42,6 +42,7 @@ class Loaded:
         runtime: what opens sessions of it; None: made from the module when it is needed.
         bank: its adapters, or None.
         hashes: those of its weights, and of the model that it was fitted from: an adapter of either fits.
+        folder: where its configuration and tokenizer are, or None.
     """
 
     make: Callable[[], nn.Module]
@@ -58,6 +59,7 @@ class Loaded:
     runtime: Runtime | Kept | None = None
     bank: Bank | None = None
     hashes: Callable[[], Collection[str]] = tuple
+    folder: Path | None = None
     _writer: Writer | None = None
 
     @cached_property
@@ -91,7 +93,7 @@ class Loaded:
                 pool.submit(lambda: self.tokenizer)  # which takes as long; an error comes again where it is used
                 self.runtime.prepare()
         ids = self._prompt(prompt)
-        limit = min(self._limit(len(ids) + tokens), len(ids) + tokens)
+        limit = min(self.limit(len(ids) + tokens), len(ids) + tokens)
         stop = frozenset({self.tokenizer.eos_token_id} - {None})
         new: list[int] = []
         shown = known = 0  # tokens whose text is out; the last are decoded again, for a word to know its neighbour
@@ -129,20 +131,21 @@ class Loaded:
         if not force:
             check_base(Path(folder), self.hashes)
         if self.bank is None:
-            self.bank, self._writer = self._opened().bank(), None
+            self.bank, self._writer = self.opened().bank(), None
         self.bank.add(name, adapter)
 
     def writer(self, context: int) -> Writer:
         """What writes text of up to so many tokens; made when it is first asked for, and again for a longer text."""
-        runtime = self._opened()
+        runtime = self.opened()
         if self._writer is None or self._writer.context < context:
-            whole = self._limit(context)
+            whole = self.limit(context)
             self._writer = None  # its cache makes room for the longer one
             room = self.context or min(whole, -(-context // 256) * 256)
             self._writer = runtime.open(room, cache=self.cache, bank=self.bank)
         return self._writer
 
-    def _opened(self) -> Runtime | Kept:
+    def opened(self) -> Runtime | Kept:
+        """What opens sessions of it."""
         from trimtab.engine.session import Runtime
 
         if self.runtime is None:
@@ -156,7 +159,7 @@ class Loaded:
 
         return self.runtime.engine if self.runtime is not None else f"torch, {torch.get_num_threads()} threads"
 
-    def _limit(self, asked: int) -> int:
+    def limit(self, asked: int) -> int:
         """Tokens that a text may have; where neither model nor user set a limit, as many as asked for."""
         from trimtab.engine.session import Kept
 
@@ -179,7 +182,7 @@ class Loaded:
             raise UserError(
                 "the prompt is empty, and the tokenizer has no start token; give at least one word with --prompt"
             )
-        limit = self._limit(len(ids) + 1)
+        limit = self.limit(len(ids) + 1)
         if len(ids) + 1 > limit:
             raise UserError(f"the prompt has {len(ids)} tokens, and the model's context is {limit}; shorten the prompt")
         return ids
@@ -229,10 +232,12 @@ def _load(path: str | Path, model: str | None, packed: bool, kernels: bool) -> L
             task = opened.contents.manifest["task"]
             loaded = _loaded(module, opened.tokenizer(), task, str(path), opened.contents.packed, packed)
             loaded.notes = tuple(opened.notes)
+            loaded.folder = Path(path) if Path(path).is_dir() else None
             return loaded
         source = open_source(str(path))
         tokenizer = source.tokenizer() if source.task != "classification" and source.folder else None
-        return _loaded(source.materialise(), tokenizer, source.task, source.name, hashes=lambda: (source.hash,))
+        hashed = {"hashes": lambda: (source.hash,), "folder": source.folder}
+        return _loaded(source.materialise(), tokenizer, source.task, source.name, **hashed)
     contents = open_artifact(path)
     _check_memory(contents, packed)
     task = contents.manifest["task"]
@@ -241,12 +246,13 @@ def _load(path: str | Path, model: str | None, packed: bool, kernels: bool) -> L
         runtime = Kept(form, Weights(native(), ContentsStore(contents), form.matrices))
         make, tokenizer = partial(build, contents, packed=packed), partial(_tokenizer, contents.folder)
         known = partial(_hashes, contents)
-        return Loaded(make, tokenizer, task, str(path), contents.packed, packed, runtime=runtime, hashes=known)
+        rest = {"runtime": runtime, "hashes": known, "folder": contents.folder}
+        return Loaded(make, tokenizer, task, str(path), contents.packed, packed, **rest)  # type: ignore[arg-type]
     module = build(contents, open_source(model).skeleton if model else None, packed=packed)
     if kernels and task != "causal-lm":
         use_kernels(module, contents)
     loaded = _loaded(module, _tokenizer(contents.folder), task, str(path), packed=contents.packed, share=packed)
-    loaded.hashes = partial(_hashes, contents)
+    loaded.hashes, loaded.folder = partial(_hashes, contents), contents.folder
     if key:
         loaded.proved = partial(keep, key)
     return loaded

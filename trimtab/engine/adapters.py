@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +15,7 @@ from trimtab.engine.program import Matrix
 from trimtab.formats.peft import Adapter
 
 MOST = 64  # ranks that there is room for
+PANEL, HUGE = 16, 2 << 20  # outputs that lie side by side in the kernels' factors; bytes of a huge page
 
 
 class Bank:
@@ -33,7 +34,7 @@ class Bank:
         self.places = {path: i for i, path in enumerate(self.matrices)}
         sizes = [(matrix.rows, matrix.cols) for matrix in self.matrices.values()]
         self.pool = None if kernels is None else kernels.Adapters(sizes, most)
-        self.held: dict[str, Adapter] = {}
+        self.held: dict[str, Adapter] = {}  # for torch; the kernels hold their own
         self.numbers: dict[str, int] = {}
         self._next = 0
 
@@ -62,7 +63,9 @@ class Bank:
             self.pool.put(self._next, parts)
             if name in self.numbers:
                 self.pool.drop(self.numbers[name])
-        self.held[name], self.numbers[name] = adapter, self._next
+        else:
+            self.held[name] = adapter
+        self.numbers[name] = self._next
         self._next += 1
 
     def remove(self, name: str) -> None:
@@ -74,7 +77,8 @@ class Bank:
         self.number(name)
         if self.pool is not None:
             self.pool.drop(self.numbers[name])
-        del self.held[name], self.numbers[name]
+        self.held.pop(name, None)
+        del self.numbers[name]
 
     def number(self, name: str | None) -> int:
         """The kernels' number of an adapter; -1 for None.
@@ -86,7 +90,7 @@ class Bank:
             return -1
         if name not in self.numbers:
             raise UserError(
-                f"there is no adapter {name!r}{did_you_mean(name, self.numbers)}; {len(self.held)} are loaded"
+                f"there is no adapter {name!r}{did_you_mean(name, self.numbers)}; {len(self.numbers)} are loaded"
             )
         return self.numbers[name]
 
@@ -100,6 +104,19 @@ class Bank:
             return None
         down, up = (half(factor).numpy().view("uint16") for factor in factors)
         return self.kernels.low_rank(up, down)
+
+
+def pooled_bytes(shapes: Iterable[tuple[int, int, int]]) -> int:
+    """What an adapter takes of the kernels' memory, which comes in huge pages.
+
+    Args:
+        shapes: (rank, inputs, outputs) of each linear that it adapts.
+
+    >>> pooled_bytes([(16, 64, 64)]), pooled_bytes([(16, 2048, 2048)] * 100)
+    (4096, 14680064)
+    """
+    total = sum(-(-2 * rank * (cols + -(-rows // PANEL) * PANEL) // 64) * 64 for rank, cols, rows in shapes)
+    return -(-total // HUGE) * HUGE if total >= HUGE else total
 
 
 def half(factor: Tensor) -> Tensor:

@@ -465,6 +465,7 @@ def compile_form(
     context: int,
     cache: CacheFormat,
     bank: Bank | None = None,
+    paged: bool = False,
 ) -> tuple[Any, Any]:
     """The program, and the slice of it that holds the logits.
 
@@ -474,8 +475,9 @@ def compile_form(
         sequences, context: texts that are written at once, and tokens that each may have.
         cache: how keys and values are stored.
         bank: adapters that sequences may use.
+        paged: a sequence takes memory for the tokens that it holds, and not for its whole context.
     """
-    p = weights.kernels.Program(rows, outputs, sequences, context)
+    p = weights.kernels.Program(rows, outputs, sequences, context, paged)
     if bank is not None:
         p.adapt(bank.pool)
     x, h, y = (p.buffer(form.width) for _ in range(3))

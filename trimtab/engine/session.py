@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import UserError
 from trimtab.engine import memory
 from trimtab.engine.adapters import MOST, Bank, half
+from trimtab.engine.drawing import draw
 from trimtab.engine.program import (
     PROOF,
     Form,
@@ -30,7 +31,7 @@ from trimtab.engine.program import (
     form_of,
     matrices_of,
 )
-from trimtab.formats.cache import CacheFormat
+from trimtab.formats.cache import BLOCK, CacheFormat
 from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
 
@@ -51,6 +52,14 @@ class Writer(Protocol):
 
     def step(self, tokens: Mapping[int, int]) -> Tensor:
         """Logits `[sequences, vocabulary]` after one more token of each of these sequences."""
+
+    def advance(self, pieces: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits `[sequences, vocabulary]` after more tokens of each of these sequences, packed into one step: together
+        no more than a step takes, and none across the end of a window of a packed cache.
+        """
+
+    def outputs(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
+        """Logits `[tokens, vocabulary]` after each of these tokens of a sequence."""
 
     def forget(self, sequence: int, length: int = 0) -> None:
         """Drop all tokens of a sequence but the first `length`. Where that ends within a window of a packed cache, the
@@ -83,18 +92,25 @@ class Session:
         """Logits `[sequences, vocabulary]` after one more token of each of these sequences."""
         return torch.from_numpy(self._run(list(tokens.values()), list(tokens), [1] * len(tokens)))
 
+    def advance(self, pieces: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits `[sequences, vocabulary]` after more tokens of each of these sequences, packed into one step."""
+        tokens = [token for piece in pieces.values() for token in piece]
+        return torch.from_numpy(self._run(tokens, list(pieces), [len(piece) for piece in pieces.values()]))
+
     def forget(self, sequence: int, length: int = 0) -> None:
         """Drop all tokens of a sequence but the first `length`."""
-        self.lengths[sequence] = min(self.lengths[sequence], length)
+        before, self.lengths[sequence] = self.lengths[sequence], min(self.lengths[sequence], length)
+        if self.program.paged and -(-before // BLOCK) > -(-length // BLOCK):
+            self.program.release(sequence, length)
 
     def use(self, sequence: int, adapter: str | None) -> None:
         """From now on tokens of the sequence go through this adapter of the bank, or through none."""
         _use(self.bank, self.adapters, sequence, adapter)
 
-    def outputs(self, tokens: Sequence[int]) -> Tensor:
-        """Logits `[tokens, vocabulary]` after each of these tokens of sequence 0."""
-        cuts = self.cache.cuts(self.lengths[0], len(tokens), len(tokens))
-        parts = [self._run(tokens[first:last], [0], [last - first], every=True).copy() for first, last in cuts]
+    def outputs(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
+        """Logits `[tokens, vocabulary]` after each of these tokens of a sequence."""
+        cuts = self.cache.cuts(self.lengths[sequence], len(tokens), self.program.outputs)
+        parts = [self._run(tokens[first:last], [sequence], [last - first], every=True).copy() for first, last in cuts]
         return torch.from_numpy(np.concatenate(parts))
 
     def _run(self, tokens: Sequence[int], sequences: list[int], counts: list[int], every: bool = False) -> np.ndarray:
@@ -123,28 +139,37 @@ class TorchSession:
         self.past: dict[int, Any] = {}
         self.adapters: dict[int, str] = {}
 
-    @torch.no_grad()
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
         """Logits `[vocabulary]` after these tokens."""
+        return self.outputs(tokens, sequence)[-1]
+
+    @torch.no_grad()
+    def outputs(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
+        """Logits `[tokens, vocabulary]` after each of these tokens of a sequence."""
         past = self.past.get(sequence)
         if past is None and self.cache.method:
             from trimtab.engine.cache import packed_cache
 
             past = packed_cache(self.cache)
-        out: Any = None
+        parts: list[Tensor] = []
         with lent(self.model, {**self.forwards, **self._adapted(self.adapters.get(sequence))}):
             for first, last in self.cache.cuts(past.get_seq_length() if past else 0, len(tokens), len(tokens)):
                 ids = torch.tensor([list(tokens[first:last])])
                 out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
                 past = out.past_key_values
-        if out is None:
+                parts.append(out.logits[0].float())
+        if not parts:
             raise UserError("no tokens to go on from; give at least one")
         self.past[sequence] = past
-        return out.logits[0, -1].float()
+        return torch.cat(parts)
 
     def step(self, tokens: Mapping[int, int]) -> Tensor:
         """Logits `[sequences, vocabulary]` after one more token of each of these sequences."""
-        return torch.stack([self.extend(sequence, [token]) for sequence, token in tokens.items()])
+        return self.advance({sequence: [token] for sequence, token in tokens.items()})
+
+    def advance(self, pieces: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits `[sequences, vocabulary]` after more tokens of each of these sequences."""
+        return torch.stack([self.extend(sequence, piece) for sequence, piece in pieces.items()])
 
     def forget(self, sequence: int, length: int = 0) -> None:
         """Drop all tokens of a sequence but the first `length`."""
@@ -222,7 +247,7 @@ def generate(
     writer.forget(0)
     logits = writer.extend(0, tokens)
     while True:
-        token = choose(logits.numpy(), temperature, rng)
+        token = draw(logits.numpy(), rng, temperature)
         spent = time.perf_counter() - start
         timing.prefill, timing.decode = (timing.prefill, timing.decode + spent) if timing.tokens else (spent, 0.0)
         timing.tokens += 1
@@ -233,18 +258,6 @@ def generate(
             return
         start = time.perf_counter()
         logits = writer.step({0: token})[0]
-
-
-def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
-    """A token by its logits `[vocabulary]`: the likeliest at temperature 0, else from `softmax(logits / temperature)`.
-
-    In numpy, because torch's threads go on spinning after an operation, on the cores that the kernels need next.
-    """
-    best = int(logits.argmax())
-    if temperature <= 0:
-        return best
-    sums = np.exp((logits.astype(np.float64) - logits[best]) / temperature).cumsum()
-    return int(sums.searchsorted(rng.random() * sums[-1], side="right"))
 
 
 # ---- opening one
@@ -285,7 +298,14 @@ class Runtime:
         self.proved = False
 
     def open(
-        self, context: int, *, sequences: int = 1, chunk: int = 256, cache: str = "fp16", bank: Bank | None = None
+        self,
+        context: int,
+        *,
+        sequences: int = 1,
+        chunk: int = 256,
+        cache: str = "fp16",
+        bank: Bank | None = None,
+        paged: bool = False,
     ) -> Writer:
         """A session: compiled where the model's form is known and the program has proved itself, else on torch.
 
@@ -296,13 +316,15 @@ class Runtime:
             cache: how keys and values are stored: `fp16`, `bf16`, `fp32`, or packed as by `kivi4` or `kivi2`, see
                 `formats.cache`. On torch what is not packed stays in the model's own type.
             bank: adapters that sequences may use.
+            paged: a sequence takes memory for the tokens that it holds, and gives it back when they are forgotten;
+                whoever asks for it sees to it that all of them fit.
 
         Raises:
             UserError: there is no such cache, or it does not fit into the memory that is free.
         """
         stored = CacheFormat.parse(cache)
         if self.form is not None:
-            check_memory(self.form, self.weights, context, sequences, self.proved, stored)
+            check_memory(self.form, self.weights, context, 1 if paged else sequences, self.proved, stored)
         if self.form is not None and not self.proved:
             try:
                 prove(self.model, self.form, self.weights)
@@ -317,7 +339,7 @@ class Runtime:
             return TorchSession(self.model, self.weights.forwards(self.model), context, stored, bank)
         if self.share:
             give_way(self.model, self.weights)
-        return _session(self.form, self.weights, context, sequences, chunk, stored, bank)
+        return _session(self.form, self.weights, context, sequences, chunk, stored, bank, paged)
 
     def bank(self, most: int = MOST) -> Bank:
         """A place for adapters of this model."""
@@ -354,7 +376,14 @@ class Kept:
         return Bank(self.weights.kernels, self.form.matrices, most)
 
     def open(
-        self, context: int, *, sequences: int = 1, chunk: int = 256, cache: str = "fp16", bank: Bank | None = None
+        self,
+        context: int,
+        *,
+        sequences: int = 1,
+        chunk: int = 256,
+        cache: str = "fp16",
+        bank: Bank | None = None,
+        paged: bool = False,
     ) -> Writer:
         """A session, see `Runtime.open`.
 
@@ -363,9 +392,9 @@ class Kept:
                 the form's shapes.
         """
         stored = CacheFormat.parse(cache)
-        check_memory(self.form, self.weights, context, sequences, bool(self.weights.made), stored)
+        check_memory(self.form, self.weights, context, 1 if paged else sequences, bool(self.weights.made), stored)
         try:
-            return _session(self.form, self.weights, context, sequences, chunk, stored, bank)
+            return _session(self.form, self.weights, context, sequences, chunk, stored, bank, paged)
         except ValueError as error:
             raise UserError(f"the stored weights are not those of the model's configuration: {error}") from error
 
@@ -376,10 +405,17 @@ class Kept:
 
 
 def _session(
-    form: Form, weights: Weights, context: int, sequences: int, chunk: int, cache: CacheFormat, bank: Bank | None
+    form: Form,
+    weights: Weights,
+    context: int,
+    sequences: int,
+    chunk: int,
+    cache: CacheFormat,
+    bank: Bank | None,
+    paged: bool,
 ) -> Session:
     sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
-    return Session(*compile_form(form, weights, **sizes, cache=cache, bank=bank), cache, bank)
+    return Session(*compile_form(form, weights, **sizes, cache=cache, bank=bank, paged=paged), cache, bank)
 
 
 def _said(kernels: Any) -> str:

@@ -4,7 +4,7 @@ To the engine (`do`):
 
 | message | fields |
 |---|---|
-| `submit` | `id`, `tokens`, `limit` (new tokens), `adapter` (name or null), `temperature`, `top_p`, `seed` (or null), `stop` (tokens that end the text), `logprobs` (alternatives a token, or null), `echo` (the prompt's own as well), `ignore_eos` |
+| `submit` | `id`, and an order, see below |
 | `cancel` | `id` |
 | `load` | `id`, `name`, `path`: another adapter may be asked for from now on |
 | `unload` | `id`, `name` |
@@ -15,15 +15,17 @@ From the engine (`is`):
 | message | fields |
 |---|---|
 | `ready` | once a connection, first: see `Ready` |
-| `prompt` | `id`, `logprobs` (of each token of the prompt, null for the first), `top` (of each: pairs of token and log-probability) |
-| `tokens` | `of`: `[id, token, logprob, top]` of every request that got a token in a tick; the last two null unless asked for |
+| `prompt` | `id`, `logprobs` of each token of the prompt, null for the first, `top` of each: pairs (token, logprob) |
+| `tokens` | `of`: `[id, token, logprob, top]` of all that got a token in a tick; the last two null unless asked for |
 | `end` | `id`, `reason`: `length`, `stop`, or `cancelled` |
 | `refused` | `id`, `status` (of HTTP), `message`, `retry_after` (seconds, or null); nothing else comes of that id |
 | `done` | `id`: of a `load` or an `unload` |
 | `state` | numbers for people to graph, four times a second while there is work and once as it ends: see `State` |
 
-A `stop` token itself is sent in `tokens` before `end`. Ids are the sender's, and are forgotten with the connection: what it
-asked for ends when it closes.
+An order has `tokens`, `limit` (new tokens), `adapter` (name or null), `temperature`, `top_p`, `seed` (or null), `stop`
+(tokens that end the text, besides the model's own unless `ignore_eos`), `logprobs` (alternatives a token, or null), and
+`echo` (those of the prompt as well). A `stop` token itself is sent in `tokens` before `end`. Ids are the sender's, and
+are forgotten with the connection: what it asked for ends when it closes.
 """
 
 from __future__ import annotations

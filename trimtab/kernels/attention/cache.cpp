@@ -1,5 +1,7 @@
 #include "attention/cache.h"
 
+#include <algorithm>
+
 namespace trimtab {
 namespace {
 
@@ -38,6 +40,20 @@ void Cache::turn(int sequence, int head, int position) const {
   if (packed > start)
     for (int t = 0; t < position - start; t += kKeys)
       block.unpack(this->packed(sequence, head, start + t), keys<Fp16>(sequence, head, t), values<Fp16>(sequence, head, t));
+}
+
+void Cache::release(int sequence, int first) const {
+  // Of `lanes` rows of `length` tokens, what lies behind the first `kept` of each; of all of them where none is kept.
+  const auto cut = [&](const Buffer& buffer, size_t length, size_t kept, size_t bytes) {
+    const size_t lane = size_t(sequence) * heads * length;
+    if (kept == 0) return buffer.release(lane * bytes, size_t(heads) * length * bytes);
+    for (int head = 0; kept < length && head < heads; ++head)
+      buffer.release((lane + head * length + kept) * bytes, (length - kept) * bytes);
+  };
+  const int floats = std::min(tokens, rounded(first - this->first(first)));
+  cut(keys_, tokens, floats, size * width());
+  cut(values_, tokens, floats, padded * width());
+  if (format.bits > 0) cut(packed_, blocks_, this->first(first) / kKeys, block.nbytes());
 }
 
 }  // namespace trimtab

@@ -25,18 +25,19 @@ struct Format {
 // Keys lie in panels of kPanel tokens, [sequence][head][panel][channel][token], so that a panel's scores fall out in the
 // lanes; values lie [sequence][head][token][channel], the channels padded to kPadding, which every panel divides, so that a
 // cache takes the same bytes on every processor. Where tokens are packed, all of that holds for the newest window alone, and
-// the older ones lie in blocks of kKeys tokens, see kivi.h.
+// the older ones lie in blocks of kKeys tokens, see kivi.h. Where it is `paged`, each sequence has addresses for its whole
+// context, and memory for the tokens that it holds: the system's own pages are the pages, and no kernel looks one up.
 class Cache {
  public:
   static constexpr int kPadding = 32;
 
-  Cache(int sequences, int context, int heads, int size, const Format& format)
+  Cache(int sequences, int context, int heads, int size, const Format& format, bool paged)
       : sequences(sequences), context(context), heads(heads), size(size), padded((size + kPadding - 1) / kPadding * kPadding),
         tokens(rounded(format.bits > 0 ? std::min(context, format.window) : context)), format(format),
         block{size, padded, format.bits, format.group},
         blocks_(format.bits > 0 ? (context - 1) / format.window * format.window / kKeys : 0),
-        keys_(count() * size * width()), values_(count() * padded * width()),
-        packed_(format.bits > 0 ? size_t(sequences) * heads * blocks_ * block.nbytes() : 0),
+        keys_(count() * size * width(), kind(paged)), values_(count() * padded * width(), kind(paged)),
+        packed_(format.bits > 0 ? size_t(sequences) * heads * blocks_ * block.nbytes() : 0, kind(paged)),
         packed_until_(sequences, 0) {}
 
   const int sequences, context, heads, size, padded;
@@ -84,10 +85,13 @@ class Cache {
   // Make one head of a sequence ready for a token at `position`: a window that is full is packed; where tokens were dropped
   // down into a packed window, those of it that remain become floats again, and it is packed anew when it is full.
   void turn(int sequence, int head, int position) const;
+  // A sequence holds no tokens from `first` on: their memory goes back to the system where the cache is paged.
+  void release(int sequence, int first) const;
   // To be told by one thread once all heads have turned.
   void turned(int sequence, int position) { packed_until_[sequence] = first(position); }
 
  private:
+  static Buffer::Kind kind(bool paged) { return paged ? Buffer::Kind::kSparse : Buffer::Kind::kWhole; }
   static int rounded(int n) { return (n + kKeys - 1) / kKeys * kKeys; }
   size_t count() const { return size_t(sequences) * heads * tokens; }
   size_t width() const { return format.type == Format::Type::kFp32 ? 4 : 2; }

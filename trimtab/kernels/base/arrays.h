@@ -27,14 +27,21 @@ inline void require(bool holds, const std::string& message) {
 // Memory at a cache line's boundary, in huge pages where the system gives them.
 class Buffer {
  public:
+  // Whole: to be used all at once. Sparse: addresses alone, which take memory page by page as they are first written to,
+  // and give it back when they are told to.
+  enum class Kind { kWhole, kSparse };
+
   Buffer() = default;
-  explicit Buffer(size_t bytes);
+  explicit Buffer(size_t bytes, Kind kind = Kind::kWhole);
   std::byte* data() const { return data_.get(); }
   size_t size() const { return size_; }
 
+  // Of a sparse buffer: what these bytes held is gone, and the pages that lie wholly within them go back to the system.
+  void release(size_t offset, size_t bytes) const;
+
  private:
   struct Free {
-    size_t bytes;
+    size_t mapped;  // bytes to unmap; 0: to be freed
     void operator()(std::byte* p) const;
   };
   std::unique_ptr<std::byte, Free> data_{nullptr, Free{0}};

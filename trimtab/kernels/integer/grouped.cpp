@@ -6,10 +6,6 @@
 namespace trimtab {
 namespace {
 
-// Columns of a block of tiles that are expanded together: they fit the second cache, from which each panel of inputs
-// reads them in order, and so many that sums seldom go out to y and back.
-constexpr int kColumnsAtOnce = 2048;
-
 int rows_of(const std::vector<Stored>& parts) {
   int rows = 0;
   for (const Stored& part : parts) rows += part.rows;
@@ -39,12 +35,8 @@ Tiles GroupedWeight::view() const {
           reinterpret_cast<const float*>(factors_.data()), rows};
 }
 
-int GroupedWeight::spans_at_once() const {
-  return std::clamp(kColumnsAtOnce / (4 * layout_.vectors), 1, layout_.spans);
-}
-
 size_t GroupedWeight::expanded_bytes() const {
-  return static_cast<size_t>(spans_at_once()) * kTiles * (layout_.vectors + 2 * layout_.join) * kVector;
+  return static_cast<size_t>(layout_.spans_at_once()) * kTiles * (layout_.vectors + 2 * layout_.join) * kVector;
 }
 
 size_t GroupedWeight::scratch(int m) const {
@@ -58,7 +50,7 @@ void GroupedWeight::apply(const float* x, int ldx, int m, float* y, int ldy, std
   if (by_stream(m)) {
     const auto [first, last] = team.share(blocks());
     const Tiles view = this->view();
-    const auto& stream = kernels_of(layout_.bits, has_table_).stream;
+    const auto& stream = kernels_of(layout_.bits, has_table_).stream[layout_.join > 1];
     for (int block = first; block < last; ++block)
       for (int p = 0; p < inputs.panels; ++p) {
         const int i0 = inputs.first(p), count = inputs.first(p + 1) - i0;
@@ -74,7 +66,7 @@ void GroupedWeight::through_tiles(const Inputs& inputs, float* y, int ldy, std::
   const Tiles view = this->view();
   const Kernels& kernels = kernels_of(layout_.bits, has_table_);
   const bool wide = layout_.bits == 8 || (has_table_ && layout_.bits == 7);
-  const int at_once = spans_at_once(), join = layout_.join;
+  const int at_once = layout_.spans_at_once(), join = layout_.join;
   const size_t heads = static_cast<size_t>(at_once) * join * kTiles * kRows;
   const Expanded expanded{reinterpret_cast<uint8_t*>(memory + 8 * heads), reinterpret_cast<float*>(memory),
                           reinterpret_cast<int32_t*>(memory) + heads};
@@ -110,9 +102,9 @@ void GroupedWeight::through_tiles(const Inputs& inputs, float* y, int ldy, std::
             if (here == kRows) {
               const simd::Floats before = from > 0 ? simd::load(target) : simd::floats(0);
               simd::store(target, simd::fma(simd::load(sum), factor, before));
-            } else {
-              simd::store(sum, simd::mul(simd::load(sum), factor));
-              for (int r = 0; r < here; ++r) target[r] = (from > 0 ? target[r] : 0.0f) + sum[r];
+            } else if (here > 0) {
+              const simd::Floats before = from > 0 ? simd::load(target, here) : simd::floats(0);
+              simd::store(target, simd::fma(simd::load(sum), factor, before), here);
             }
           }
       }

@@ -36,7 +36,6 @@ class GroupedWeight : public Weight {
   int blocks() const { return Layout::ceil(rows, kTiles * kRows); }
   int tiles() const { return blocks() * kTiles; }
   bool by_stream(int m) const { return m <= kStreamed && streams(layout_); }
-  int spans_at_once() const;
   size_t expanded_bytes() const;
   void pack(const std::vector<Stored>& parts, const uint8_t* recode);
   void through_tiles(const Inputs& inputs, float* y, int ldy, std::byte* memory, const Team& team) const;

@@ -39,8 +39,8 @@ struct Kernels {
   int chunk;
   // Spans [from, to) of a block, [spans, vectors, kTiles, 64].
   void (*expand)(const Tiles& tiles, int block, int from, int to, uint8_t* codes);
-  // A block by 1 .. kStream inputs, straight from the stream.
-  void (*stream[kStream])(const Tiles& tiles, const Panel& panel, int block, float* y, int ldy);
+  // A block by 1 .. kStream inputs, straight from the stream; the second ones where spans have several groups.
+  void (*stream[2][kStream])(const Tiles& tiles, const Panel& panel, int block, float* y, int ldy);
 };
 
 // Whether each group fills chunks, so that the stream needs no expanding first.

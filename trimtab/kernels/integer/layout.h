@@ -78,6 +78,11 @@ struct Layout {
   // Which of a row's scales that group has.
   int group_of(int span, int j) const { return pieces == 1 ? span * join + j : span / pieces; }
 
+  // Spans whose sums are added up before they meet what came before them: columns that, expanded, fit the second cache,
+  // and so many that sums seldom go out to memory and back. All kernels add in this order, so that an output depends on
+  // its own inputs alone, however many others there are beside them.
+  int spans_at_once() const { return std::clamp(2048 / (4 * vectors), 1, spans); }
+
   // Scales and zero points come before the codes of a run: one large group, or the groups of one span or four, which
   // fill cache lines.
   int run_spans() const { return pieces > 1 ? pieces : join < 4 ? 4 : 1; }

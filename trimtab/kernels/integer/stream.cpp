@@ -43,14 +43,26 @@ void expand(const Tiles& tiles, int block, int from, int to, uint8_t* codes) {
   }
 }
 
-template <int bits, bool table, int inputs>
+template <int bits, bool table, bool joined, int inputs>
 void stream(const Tiles& tiles, const Panel& panel, int block, float* y, int ldy) {
   constexpr int sums = sums_of(inputs), step = step_of(bits), bytes = kTiles * step * 8 * bits;
   const Layout& layout = tiles.layout;
-  const int vectors = layout.block / 4, spans = layout.spans, join = layout.join, run = layout.run_spans();
+  const int vectors = layout.block / 4, spans = layout.spans, join = joined ? layout.join : 1, run = layout.run_spans();
   const int scale_step = layout.head_step() * layout.scale_bytes(), zero_step = layout.zeros ? layout.head_step() : 0;
   const size_t head = layout.head_bytes(), scales = layout.zero_at(0, 0, 0);
   alignas(64) float out[inputs][kTiles][kRows] = {};
+  [[maybe_unused]] alignas(64) float part[inputs][kTiles][kRows];  // of the groups of a span, before the scale of the inputs
+  alignas(64) float total[inputs][kTiles][kRows] = {};  // of the spans before those that are added up together
+  Floats factors[kTiles];
+  for (int t = 0; t < kTiles; ++t) factors[t] = simd::load(tiles.factors + (block * kTiles + t) * kRows);
+  const auto settle = [&]() __attribute__((noinline)) {
+    for (int i = 0; i < inputs; ++i)
+      for (int t = 0; t < kTiles; ++t) {
+        simd::store(total[i][t], simd::fma(simd::load(out[i][t]), factors[t], simd::load(total[i][t])));
+        simd::store(out[i][t], simd::floats(0));
+      }
+  };
+  int left = layout.spans_at_once();
   const std::byte* p = tiles.block(block);
   const int32_t* q = panel.q;
   const int32_t* minus = panel.minus;
@@ -61,7 +73,7 @@ void stream(const Tiles& tiles, const Panel& panel, int block, float* y, int ldy
     for (int span = first; span < std::min(first + run, spans); ++span, scale += inputs) {
       for (int j = 0; j < join; ++j) {
         // Kept in registers from one group to the next, `out` would displace `acc`.
-        if constexpr (inputs > 4) asm volatile("" ::: "memory");
+        if constexpr (inputs > (joined ? 2 : 4)) asm volatile("" ::: "memory");
         Ints acc[inputs][kTiles][sums];
         unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
           const Ints start = simd::ints(minus[i]);
@@ -97,22 +109,28 @@ void stream(const Tiles& tiles, const Panel& panel, int block, float* y, int ldy
           unrolled<inputs>([&](auto i) __attribute__((always_inline)) {
             Ints sum = acc[i][t][0];
             unrolled<sums - 1>([&](auto k) __attribute__((always_inline)) { sum = simd::add(sum, acc[i][t][k + 1]); });
-            const Floats by = simd::mul(s, simd::floats(scale[i]));
-            simd::store(out[i][t], simd::fma(simd::to_floats(sum), by, simd::load(out[i][t])));
+            const Floats x = simd::floats(scale[i]), found = simd::to_floats(sum);
+            if constexpr (!joined) {
+              simd::store(out[i][t], simd::fma(found, simd::mul(s, x), simd::load(out[i][t])));
+            } else if (j == 0) {
+              simd::store(part[i][t], simd::mul(found, s));
+            } else if (j + 1 < join) {
+              simd::store(part[i][t], simd::fma(found, s, simd::load(part[i][t])));
+            } else {
+              simd::store(out[i][t], simd::fma(simd::fma(found, s, simd::load(part[i][t])), x, simd::load(out[i][t])));
+            }
           });
         });
         minus += inputs, scale_at += scale_step, zero_at += zero_step;
       }
+      if (--left == 0) settle(), left = layout.spans_at_once();
     }
   }
+  settle();
   for (int t = 0; t < kTiles; ++t) {
     const int row = (block * kTiles + t) * kRows, rows = std::min(kRows, tiles.rows - row);
     if (rows <= 0) break;
-    const Floats factor = simd::load(tiles.factors + row);
-    for (int i = 0; i < inputs; ++i) {
-      simd::store(out[i][t], simd::mul(simd::load(out[i][t]), factor));
-      std::copy_n(out[i][t], rows, y + static_cast<size_t>(i) * ldy + row);
-    }
+    for (int i = 0; i < inputs; ++i) std::copy_n(total[i][t], rows, y + static_cast<size_t>(i) * ldy + row);
   }
 }
 
@@ -120,7 +138,8 @@ template <int bits, bool table>
 constexpr Kernels kernels() {
   Kernels k{chunk_of(bits), &expand<bits, table>, {}};
   [&]<int... i>(std::integer_sequence<int, i...>) {
-    ((k.stream[i] = &stream<bits, table, i + 1>), ...);
+    ((k.stream[0][i] = &stream<bits, table, false, i + 1>), ...);
+    ((k.stream[1][i] = &stream<bits, table, true, i + 1>), ...);
   }(std::make_integer_sequence<int, kStream>{});
   return k;
 }

@@ -52,15 +52,19 @@ void bind_step(nb::module_& module) {
           },
           nb::arg("offset"), nb::arg("width"), "Some of the columns.");
   nb::class_<Program>(module, "Program", "A model's forward as a list of operations that one team of threads runs.")
-      .def(nb::init<int, int, int, int>(), nb::arg("rows"), nb::arg("outputs"), nb::arg("sequences"), nb::arg("context"))
+      .def(nb::init<int, int, int, int, bool>(), nb::arg("rows"), nb::arg("outputs"), nb::arg("sequences"), nb::arg("context"),
+           nb::arg("paged") = false)
       .def_ro("rows", &Program::rows)
       .def_ro("outputs", &Program::outputs)
       .def_ro("sequences", &Program::sequences)
       .def_ro("context", &Program::context)
+      .def_ro("paged", &Program::paged)
       .def_rw("timed", &Program::timed, "Whether the time of each operation is taken.")
       .def_prop_ro("nbytes", &Program::nbytes, "Bytes of buffers, scratch and caches.")
       .def_prop_ro("cache_bytes", &Program::cache_bytes, "Bytes of the caches alone.")
       .def_prop_ro("window", &Program::window, "Tokens that the caches pack together, across which no segment goes; 0: none.")
+      .def("release", &Program::release, nb::arg("sequence"), nb::arg("first") = 0, nb::call_guard<nb::gil_scoped_release>(),
+           "Let go of a sequence's tokens from `first` on; their memory goes back to the system where the caches are paged.")
       .def("profile", &Program::profile, "(operation, seconds) summed up over the steps that were timed.")
       .def("buffer", &Program::buffer, nb::arg("width"), nb::arg("picked") = false,
            "A row of floats for each token, or for each token whose outputs are asked for.")

@@ -243,8 +243,8 @@ class Select final : public Operation {
 
 }  // namespace
 
-Program::Program(int rows, int outputs, int sequences, int context)
-    : rows(rows), outputs(outputs), sequences(sequences), context(context) {
+Program::Program(int rows, int outputs, int sequences, int context, bool paged)
+    : rows(rows), outputs(outputs), sequences(sequences), context(context), paged(paged) {
   require(rows > 0 && outputs > 0 && sequences > 0 && context > 0, "a program has at least one row, output, sequence and position");
   require(rows <= 1 << 16 && outputs <= 1 << 16 && sequences <= 1 << 16 && context <= 1 << 24, "a program is too large");
 }
@@ -264,7 +264,7 @@ int Program::cache(int heads, int size, const std::string& type) {
   require(heads > 0 && size > 0 && size <= 1024, "a cache has at least one head, of a size between 1 and 1024");
   const Format format = Format::parse(type);
   require(caches_.empty() || caches_[0]->format.window == format.window, "all caches of a program pack as many tokens together");
-  caches_.push_back(std::make_unique<Cache>(sequences, context, heads, size, format));
+  caches_.push_back(std::make_unique<Cache>(sequences, context, heads, size, format, paged));
   return static_cast<int>(caches_.size()) - 1;
 }
 
@@ -475,6 +475,12 @@ void Program::run(const int* tokens, int count, const std::vector<Segment>& segm
       if (team.rank == 0) operation->seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
   });
+}
+
+void Program::release(int sequence, int first) {
+  std::lock_guard alone(running_);
+  require(sequence >= 0 && sequence < sequences && first >= 0 && first <= context, "a sequence and a token of it are released");
+  for (const auto& cache : caches_) cache->release(sequence, first);
 }
 
 size_t Program::nbytes() const { return floats_ * sizeof(float) + scratch_.size() + cache_bytes(); }

@@ -56,8 +56,9 @@ class Operation {
 
 class Program {
  public:
-  // rows: tokens that a step takes at most; outputs: tokens whose outputs it gives at most; sequences, context: of the caches.
-  Program(int rows, int outputs, int sequences, int context);
+  // rows: tokens that a step takes at most; outputs: tokens whose outputs it gives at most; sequences, context: of the caches;
+  // paged: which take memory for the tokens that they hold, and give it back by `release`.
+  Program(int rows, int outputs, int sequences, int context, bool paged);
 
   Slice buffer(int width, bool picked);
   int cache(int heads, int size, const std::string& type);
@@ -81,6 +82,9 @@ class Program {
   // `every` token. Each segment uses the adapter of its number, or none at -1; no numbers: none does.
   void run(const int* tokens, int rows, const std::vector<Segment>& segments, const std::vector<int>& numbers, bool every);
 
+  // The caches let go of a sequence's tokens from `first` on.
+  void release(int sequence, int first);
+
   float* at(Slice s) const { return reinterpret_cast<float*>(arena_.data()) + starts_[s.buffer] + s.offset; }
   int stride(Slice s) const { return widths_[s.buffer]; }
   bool picked(Slice s) const { return is_picked_[s.buffer]; }
@@ -96,6 +100,7 @@ class Program {
   std::vector<std::pair<std::string, double>> profile() const;
 
   const int rows, outputs, sequences, context;
+  const bool paged;
   bool timed = false;
 
  private:
