@@ -25,7 +25,7 @@ def command(
     admin_key: Annotated[
         str | None, typer.Option(envvar="TRIMTAB_ADMIN_KEY", help="allow adapters to be loaded, to those who show it")
     ] = None,
-    queue: Annotated[int, typer.Option(min=0, max=100_000, help="requests that may wait; more are refused")] = 64,
+    queue: Annotated[int, typer.Option(min=0, max=100_000, help="requests that may wait; more are refused")] = 256,
     drain: Annotated[float, typer.Option(min=0, max=3600, help="seconds that texts get to end when it stops")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="threads; all cores by default")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="a line a request on standard error")] = False,

@@ -40,7 +40,7 @@ from trimtab.server.wire import Ready
 
 PAGE = Path(__file__).with_name("page.html")
 FAULTS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Fault} for status in (400, 401, 403, 404, 405, 413, 429, 500, 503)
+    status: {"model": Fault} for status in (400, 401, 403, 404, 405, 413, 422, 429, 431, 500, 503)
 }
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
@@ -249,9 +249,6 @@ def build(settings: Settings, told: Callable[[Ready], None] = lambda ready: None
     _look(app, service)
     _write(app, service)
     _manage(app, service)
-    for path in app.openapi()["paths"].values():  # what FastAPI says of its own errors, which here are 400
-        for route in path.values():
-            route["responses"].pop("422", None)
     return app
 
 
@@ -379,9 +376,10 @@ def _manage(app: FastAPI, service: Service) -> None:
         ready = service.link.engine()
         if body.lora_name == ready.model or body.lora_name in service.link.adapters:
             raise Refused(400, f"lora_name: {body.lora_name} is taken; unload it first, or choose another name")
-        if (path := await asyncio.to_thread(_entries, service.settings.adapters)).get(body.lora_path) is None:
-            raise Refused(404, f"lora_path: no adapter {body.lora_path} lies in the server's folder; {_few(path)}")
-        await service.link.change(body.lora_name, path[body.lora_path])
+        entry = body.lora_path or body.lora_name
+        if (path := await asyncio.to_thread(_entries, service.settings.adapters)).get(entry) is None:
+            raise Refused(404, f"lora_path: no adapter {entry} lies in the server's folder; {_few(path)}")
+        await service.link.change(body.lora_name, path[entry])
         return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.", media_type="text/plain")
 
     @app.post("/v1/unload_lora_adapter", responses={200: {"content": {"text/plain": {}}}})

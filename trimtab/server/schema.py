@@ -136,10 +136,10 @@ class Detokenize(Asked):
 
 
 class LoadAdapter(Asked):
-    """`POST /v1/load_lora_adapter`: `lora_path` is the name of an entry of the folder of adapters, and no path."""
+    """`POST /v1/load_lora_adapter`: `lora_path` names an entry of the folder of adapters, and is no path."""
 
     lora_name: AdapterName
-    lora_path: AdapterName
+    lora_path: AdapterName | None = None
 
 
 class UnloadAdapter(Asked):
