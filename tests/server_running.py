@@ -56,24 +56,21 @@ def until(done: Callable[[], Any], seconds: float = PATIENCE) -> Any:
 class Running:
     """A server under test."""
 
-    def __init__(self, folder: Path, engine: tuple[str, ...], settings: dict[str, Any]) -> None:
-        self.log = folder / "log.jsonl"
-        given = {"engine": ["--log", str(self.log), *engine], "settings": settings}
-        self.out, self.err = folder / "out", folder / "err"
+    def __init__(self, folder: Path, line: list[str], key: str | None = None) -> None:
+        self.log, self.out, self.err = (folder / name for name in ("log.jsonl", "out", "err"))
         with self.out.open("w") as out, self.err.open("w") as err:
-            line = [sys.executable, str(ENGINE), "serve", json.dumps(given)]
             self.process = subprocess.Popen(line, stdout=out, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.port = 0
-        self.key = settings.get("key")
+        self.key = key
 
-    def ready(self) -> dict[str, Any]:
+    def ready(self, seconds: float = PATIENCE) -> dict[str, Any]:
         """What it said at its start."""
 
         def said() -> Any:
             assert self.process.poll() is None, self.err.read_text()
             return "\n}" in self.out.read_text()
 
-        until(said)
+        until(said, seconds)
         found: dict[str, Any] = json.loads(self.out.read_text())
         self.port = int(found["address"].rpartition(":")[2])
         return found
@@ -153,7 +150,8 @@ class Running:
 def running(folder: Path, *engine: str, wait: bool = True, **settings: Any) -> Iterator[Running]:
     """A server, ended when the test is."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = Running(folder, engine, settings)
+    given = {"engine": ["--log", str(folder / "log.jsonl"), *engine], "settings": settings}
+    server = Running(folder, [sys.executable, str(ENGINE), "serve", json.dumps(given)], settings.get("key"))
     try:
         if wait:
             server.ready()

@@ -279,6 +279,7 @@ def test_other_names_methods_and_sizes_are_refused(server: Running) -> None:
 
 def test_keys_are_asked_for_everywhere_but_at_health(tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path / "adapters")
+    (folder / "file").write_text("no adapter")
     with running(tmp_path / "run", key="s3cret", admin_key="b0ss", adapters=str(folder)) as server:
         assert "s3cret" not in " ".join(
             part for what in ("server.front", "engine") for part in server.child(what).cmdline()
@@ -293,24 +294,25 @@ def test_keys_are_asked_for_everywhere_but_at_health(tmp_path: Path) -> None:
         assert server.ask("/", headers={"Authorization": "Basic OnMzY3JldA=="})[0] == 200
         assert server.ask("/")[2]["www-authenticate"].startswith("Basic")
         assert server.ask("/v1/models", key="s3cret")[0] == 200
-        load = {"lora_name": "mine", "lora_path": "one"}
+        load = {"lora_name": "one", "lora_path": "one"}
         assert server.ask("/v1/load_lora_adapter", load)[0] == 401
         assert server.ask("/v1/load_lora_adapter", load, key="s3cret")[0] == 403
         assert server.ask("/v1/load_lora_adapter", load, key="b0ss")[:2] == (
             200,
-            "Success: LoRA adapter 'mine' added successfully.",
+            "Success: LoRA adapter 'one' added successfully.",
         )
         assert server.orders("load")[0]["path"] == str(folder / "one")
         assert server.ask("/v1/load_lora_adapter", load, key="b0ss")[0] == 400
-        for path in ("..", "../one", "/etc", "three", "one/", "", "a" * 65):
-            status, answer, _ = server.ask("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": path}, key="b0ss")
-            assert status in (400, 404), answer
+        for name in ("..", "../one", "/etc", "three", "one/", "", "a" * 65, "two/../one", "file"):
+            for body in ({"lora_name": name}, {"lora_name": "two", "lora_path": name}):
+                status, answer, _ = server.ask("/v1/load_lora_adapter", body, key="b0ss")
+                assert status in (400, 404), answer
         assert len(server.orders("load")) == 1
         names = [row["id"] for row in server.ask("/v1/models", key="s3cret")[1]["data"]]
-        assert names == ["pocket", "mine"]
+        assert names == ["pocket", "one"]
         server.child("engine").kill()  # an engine that comes back is told of it again
         until(lambda: len(server.orders("load")) == 2)
         until(server.healthy)
-        assert server.ask("/v1/unload_lora_adapter", {"lora_name": "mine"}, key="b0ss")[0] == 200
-        assert server.ask("/v1/unload_lora_adapter", {"lora_name": "mine"}, key="b0ss")[0] == 404
+        assert server.ask("/v1/unload_lora_adapter", {"lora_name": "one"}, key="b0ss")[0] == 200
+        assert server.ask("/v1/unload_lora_adapter", {"lora_name": "one"}, key="b0ss")[0] == 404
         assert json.loads(server.out.read_text())["adapters"] == []

@@ -236,20 +236,18 @@ def bound(host: str, port: int, key: str | None) -> socket.socket:
 def described(ready: dict[str, Any]) -> str:
     """What fits, in a sentence.
 
-    >>> described({"model": "m", "engine": "kernels", "context": 1024, "cache_tokens": 8192, "places": 6,
+    >>> described({"model": "m", "engine": "vnni kernels", "context": 1024, "cache_tokens": 8192, "places": 6,
     ...            "token_bytes": 96.0, "adapter_bytes": 0, "pool": 786432, "memory": None, "adapters": []})
-    'm on kernels: a cache of 8,192 tokens at 96 B each, so 6 users at once, of 8 with the whole context of 1,024'
+    'm on vnni kernels: 6 users at once; 8,192 tokens of 96 B in their caches, 8 whole contexts of 1,024; no adapters'
     """
-    whole = ready["cache_tokens"] // max(ready["context"], 1)
-    text = (
-        f"{ready['model']} on {ready['engine']}: a cache of {ready['cache_tokens']:,} tokens at "
-        f"{say_bytes(ready['token_bytes'])} each, so {ready['places']} users at once, of {whole} with the whole "
-        f"context of {ready['context']:,}"
-    )
-    if ready["adapters"]:
-        each = say_bytes(ready["adapter_bytes"])
-        fit = ready["pool"] // max(ready["adapter_bytes"], 1)
-        text += f"; {len(ready['adapters'])} adapters, of which {fit} of {each} would fill the pool"
+    each, fit = say_bytes(ready["adapter_bytes"]), ready["pool"] // max(ready["adapter_bytes"], 1)
+    many = len(ready["adapters"])
+    parts = [
+        f"{ready['model']} on {ready['engine']}: {ready['places']} users at once",
+        f"{ready['cache_tokens']:,} tokens of {say_bytes(ready['token_bytes'])} in their caches, "
+        f"{ready['cache_tokens'] // max(ready['context'], 1)} whole contexts of {ready['context']:,}",
+        f"{many} adapters of up to {each}, of which {fit} would fill the pool" if many else "no adapters",
+    ]
     if ready["memory"] is not None:
-        text += f"; {say_bytes(ready['memory'])} of memory in all"
-    return text
+        parts.append(f"{say_bytes(ready['memory'])} of memory in all")
+    return "; ".join(parts)

@@ -136,7 +136,7 @@ class Detokenize(Asked):
 
 
 class LoadAdapter(Asked):
-    """`POST /v1/load_lora_adapter`: `lora_path` names an entry of the folder of adapters, and is no path."""
+    """`POST /v1/load_lora_adapter`: `lora_name` is an entry of the folder of adapters, and `lora_path` the same."""
 
     lora_name: AdapterName
     lora_path: AdapterName | None = None

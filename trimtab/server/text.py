@@ -113,10 +113,10 @@ class Writer:
         return self.written + len(self._held)
 
     def add(self, raw: bytes, *, last: bool = False) -> str:
-        """What may be shown now; all that is left if these bytes are the last."""
+        """What may be shown now; all that is left if these bytes are the last, but for half a character."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(raw, last)
+        self._held += self._decoder.decode(raw)
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
