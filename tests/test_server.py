@@ -247,6 +247,16 @@ def test_tokens_and_back_in_vllm_s_shapes(server: Running) -> None:
     assert server.ask("/detokenize", {"tokens": [4096]})[0] == 400
 
 
+def test_of_a_text_that_cannot_fit_only_the_beginning_is_read(server: Running) -> None:
+    text = "".join(f"x{place} " for place in range(250_000))
+    for path, body in (("/v1/completions", {"prompt": text}), ("/tokenize", {"prompt": text})):
+        status, answer, _ = server.ask(path, body)
+        assert status == 400 and "shorten it" in answer["error"]["message"]
+    assert server.ask("/tokenize", {"prompt": text[:200_000], "add_special_tokens": False})[1]["count"] > CONTEXT
+    status, answer, _ = server.ask("/v1/completions", {"prompt": text[:60_000], "max_tokens": 1})
+    assert status == 400 and "16,384" in answer["error"]["message"]
+
+
 def test_metrics_count_what_was_done(server: Running) -> None:
     before = {name: server.metric(f"vllm:{name}") for name in ("prompt_tokens_total", "generation_tokens_total")}
     counted = 'vllm:request_success_total{model_name="pocket",engine="0",finished_reason="length"}'

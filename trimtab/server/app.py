@@ -33,6 +33,7 @@ PAGE = Path(__file__).with_name("page.html")
 FAULTS: dict[int | str, dict[str, Any]] = {
     status: {"model": Fault} for status in (400, 401, 403, 404, 405, 413, 422, 429, 431, 500, 503)
 }
+TOKENIZED = 16  # contexts that are counted for who asks for tokens alone
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
@@ -105,9 +106,11 @@ def _look(app: FastAPI, service: Service) -> None:
             text = await service.template.render(
                 [message.plain() for message in body.messages], generation=body.add_generation_prompt
             )
-            tokens = await service.encode(text, special=False)
+            tokens = await service.encode(text, special=False, most=TOKENIZED * ready.context)
         else:
-            tokens = await service.encode(body.prompt or "", special=body.add_special_tokens)
+            tokens = await service.encode(
+                body.prompt or "", special=body.add_special_tokens, most=TOKENIZED * ready.context
+            )
         names = [service.vocabulary.name(token) for token in tokens] if body.return_token_strs else None
         said = {"count": len(tokens), "max_model_len": ready.context, "tokens": tokens, "token_strs": names}
         return JSONResponse(said)
@@ -123,13 +126,15 @@ def _look(app: FastAPI, service: Service) -> None:
 def _write(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=STREAMED)
     async def completions(body: Completion, request: Request) -> Response:
-        service.link.engine()
+        ready = service.link.engine()
         service.adapter(body.model)
         limit = 16 if body.max_tokens is None else body.max_tokens
         if limit == 0 and not body.echo:
             raise Refused(400, "max_tokens: 0 is for echo alone; ask for 1 at least")
         asked = body.prompts()
-        prompts = [p if isinstance(p, list) else await service.encode(p, special=True) for p in asked]
+        prompts = [
+            p if isinstance(p, list) else await service.encode(p, special=True, most=ready.context) for p in asked
+        ]
         told = [p if isinstance(p, str) else service.vocabulary.text(p) for p in asked] if body.echo else None
         exchange = Exchange(
             service,
@@ -150,7 +155,7 @@ def _write(app: FastAPI, service: Service) -> None:
         if body.top_logprobs and not body.logprobs:
             raise Refused(400, "top_logprobs: needs logprobs to be true")
         text = await service.template.render([message.plain() for message in body.messages])
-        tokens = await service.encode(text, special=False)
+        tokens = await service.encode(text, special=False, most=ready.context)
         limit = body.max_completion_tokens or body.max_tokens
         exchange = Exchange(
             service,

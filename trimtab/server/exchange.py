@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from trimtab.server.schema import Chat, Generation
 from trimtab.server.settings import Settings
 from trimtab.server.text import Vocabulary
 from trimtab.server.wire import Ready
+
+FIRST = 1 << 15  # characters of a long text that are read first, to see whether it can fit at all
+SLACK = 16  # tokens that may be fewer where a text is not cut
 
 
 class Service:
@@ -45,10 +49,15 @@ class Service:
             self._folder = ready.folder
         self._told(ready)
 
-    async def encode(self, text: str, *, special: bool) -> list[int]:
-        """Tokens of a text, counted on another thread: a long one would hold up everybody's tokens."""
+    async def encode(self, text: str, *, special: bool, most: int) -> list[int]:
+        """Tokens of a text, counted on another thread; of one that has more than `most`, only the beginning is read."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: self.vocabulary.encode(text, special=special))
+        part = FIRST
+        while part < len(text):
+            if len(await loop.run_in_executor(self._threads, self.vocabulary.encode, text[:part])) > most + SLACK:
+                raise Refused(400, f"prompt: it has more than {most:,} tokens, which is all that is read; shorten it")
+            part *= 2
+        return await loop.run_in_executor(self._threads, partial(self.vocabulary.encode, text, special=special))
 
     def adapter(self, model: str | None) -> str | None:
         """Which adapter a model's name means; None for the model itself."""
