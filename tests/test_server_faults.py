@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from server_engine import CONTEXT, CRASH, HANG, NEVER, NOISE
-from server_running import ENGINE, Running, running, until
+from server_running import ENGINE, PATIENCE, Running, running, until
 
 SLOW = {"header_seconds": 1.0, "body_seconds": 1.0, "patience": 200, "drain": 1.0}
 
@@ -99,7 +99,7 @@ def test_a_client_that_goes_away_is_cancelled(server: Running) -> None:
             )
             until(lambda: len(server.orders("submit")) == many[1] + 2)  # noqa: B023
             connection.close()
-            until(lambda: len(server.orders("cancel")) == many[0] + 2, 5)  # noqa: B023
+            until(lambda: len(server.orders("cancel")) == many[0] + 2)  # noqa: B023
     until(lambda: server.metric(aborted) == before + 12)
 
 
@@ -119,7 +119,7 @@ def test_a_reader_who_does_not_read_is_cut_and_holds_up_nobody(server: Running) 
         slowest = max(slowest, time.monotonic() - begun)
         assert psutil.Process(server.child("server.front").pid).memory_info().rss < 300_000_000
     assert b"[DONE]" not in read_all(connection)
-    assert slowest < 5
+    assert slowest < PATIENCE / 4
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_who_sends_drop_by_drop_is_let_go(server: Running, begun: bytes) -> None
     said = read_all(connection)
     stopped.set()
     thread.join()
-    assert time.monotonic() - begun_at < 8 and (not said or said.startswith(b"HTTP/1.1 4"))
+    assert time.monotonic() - begun_at < PATIENCE / 2 and (not said or said.startswith(b"HTTP/1.1 4"))
     assert server.healthy()
 
 
@@ -216,22 +216,26 @@ def test_many_at_once_all_get_their_own(server: Running) -> None:
     assert said == {place: vocabulary.text([10 + place] * 20) for place in range(24)}
 
 
-@pytest.mark.parametrize("tokens", [40, 10_000])
-def test_a_server_that_is_stopped_lets_texts_end_within_their_time(tmp_path: Path, tokens: int) -> None:
-    with running(tmp_path, "--delay", "0.02", drain=2.0) as server:
+@pytest.mark.parametrize(("tokens", "drain"), [(40, 50.0), (10_000, 1.0)])
+def test_a_server_that_is_stopped_lets_texts_end_within_their_time(tmp_path: Path, tokens: int, drain: float) -> None:
+    with running(tmp_path, "--delay", "0.02", drain=drain) as server:
         children = [server.child("server.front"), server.child("engine")]
         connection = server.raw(server.post("/v1/completions", prompt="a b", max_tokens=tokens, stream=True))
         head = connection.recv(10)
-        begun = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.6)
-        with pytest.raises(OSError):
-            server.raw()
+
+        def refused() -> bool:
+            try:
+                server.raw().close()
+            except OSError:
+                return True
+            return False
+
+        until(refused)
         text = (head + read_all(connection)).decode()
         assert ("[DONE]" in text) == (tokens == 40)
         assert ("its time for this is over" in text) == (tokens != 40)
-        assert server.process.wait(15) == 0
-        assert time.monotonic() - begun < 8
+        assert server.process.wait(PATIENCE) == 0
         assert not any(child.is_running() for child in children)
         assert "Traceback" not in server.err.read_text()
 
@@ -243,15 +247,15 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         assert folder.stat().st_mode & 0o777 == 0o700
         server.process.kill()
         server.process.wait()
-        front.wait(10)
-        engine.wait(10)
+        front.wait(PATIENCE)
+        engine.wait(PATIENCE)
         shutil.rmtree(folder)
 
 
 def test_what_cannot_be_served_is_said_once_with_exit_code_2(tmp_path: Path) -> None:
     def told(*engine: str, **settings: Any) -> tuple[int, str]:
         line = [sys.executable, str(ENGINE), "serve", json.dumps({"engine": engine, "settings": settings})]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE)
         assert "Traceback" not in done.stderr and done.stdout == ""
         return done.returncode, done.stderr
 
