@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,14 @@ def main() -> None:
     parser.add_argument("--adapters")
     parser.add_argument("--log")
     parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--start", type=float, default=0.0)
+    parser.add_argument("--hold", type=Path, help="begin once this file is gone")
     parser.add_argument("--fail", type=int, default=0)
     options = parser.parse_args(sys.argv[2:])
     if options.fail:
         print("trimtab: this engine cannot serve that", file=sys.stderr)
         sys.exit(options.fail)
-    asyncio.run(asyncio.sleep(options.start))
+    while options.hold and options.hold.exists():
+        time.sleep(0.05)
     asyncio.run(serve(options))
 
 

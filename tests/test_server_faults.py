@@ -58,7 +58,8 @@ def test_an_engine_that_dies_or_babbles_ends_what_it_had_and_comes_back(server: 
 
 
 def test_health_says_when_there_is_no_engine(tmp_path: Path) -> None:
-    with running(tmp_path, "--start", "1.5", wait=False) as server:
+    (hold := tmp_path / "hold").touch()
+    with running(tmp_path, "--hold", str(hold), wait=False) as server:
         front = server.child("server.front")
         server.port = until(
             lambda: next((c.laddr.port for c in front.net_connections("tcp") if c.status == "LISTEN"), 0)
@@ -67,10 +68,13 @@ def test_health_says_when_there_is_no_engine(tmp_path: Path) -> None:
         status, answer, headers = server.ask("/v1/completions", {"prompt": "a"})
         assert status == 503 and "not ready" in answer["error"]["message"] and "retry-after" in headers
         assert server.ask("/v1/models")[0] == 503 and server.ask("/metrics")[0] == 200
+        hold.unlink()
         server.ready()
         assert server.healthy()
+        hold.touch()
         server.child("engine").send_signal(signal.SIGKILL)
         until(lambda: not server.healthy())
+        hold.unlink()
         until(server.healthy)
 
 
