@@ -38,7 +38,7 @@ def main() -> None:
         project = tomllib.load(file)
     extras = project["project"]["optional-dependencies"]
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    wanted += [text for name in ("formats", "vision", "dev") for text in extras[name]]
+    wanted += [text for name in ("formats", "serve", "tensorboard", "vision", "dev") for text in extras[name]]
     print("# Exact versions for `make`; written by `make lock`. Torch is installed first and alone: see the Makefile.")
     for name, version in sorted(closure(wanted).items()):
         print(f"{name}=={version}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from trimtab.cli import adapt, bench, claim, export, fit, merge, methods, plan, report, run, search, show, train
+from trimtab.cli import adapt, bench, claim, export, fit, merge, methods, plan, report, run, search, serve, show, train
 from trimtab.core.errors import UserError
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
     return shielded
 
 
-for module in (fit, plan, report, run, search, adapt, train, merge, methods, show, claim, export, bench):
+for module in (fit, plan, report, run, serve, search, adapt, train, merge, methods, show, claim, export, bench):
     app.command(module.__name__.rpartition(".")[2])(_shielded(module.command))
 
 
