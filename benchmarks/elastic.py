@@ -101,9 +101,9 @@ def speed(rounds: int = 7) -> dict[str, Any]:
     from trimtab.space import open_space
 
     draws, found = 4, {}
-    spaces = {"mobile-cnn": torch.randn(64, 3, 32, 32), "vit": torch.randn(64, 3, 32, 32)}
-    for name, images in spaces.items():
-        supernet, labels = Supernet(open_space(name)), torch.randint(10, (64,))
+    images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    for name, transforms in (("mobile-cnn", False), ("mobile-cnn", True), ("vit", False)):
+        supernet = Supernet(open_space(name), transforms=transforms)
         method = named("sandwich", between=draws - 2)
         assert isinstance(method, Elastic)
         teaching = Teaching(supernet, method, {"images": images}, labels, 100)
@@ -125,7 +125,10 @@ def speed(rounds: int = 7) -> dict[str, Any]:
             supernet.bound(pupils[i % draws].genome, leaves=True)
         switch = (time.thread_time() - start) / 200
         ratios = [a / b for a, b in zip(spent["super"], spent["own"], strict=True)]
-        found[name] = {"step_to_own": median(ratios), "switch_to_step": switch / median(spent["super"])}
+        found[f"{name}, transformed kernels" if transforms else name] = {
+            "step_to_own": median(ratios),
+            "switch_to_step": switch / median(spent["super"]),
+        }
     return {"speed": found}
 
 
