@@ -13,8 +13,10 @@ from torch import nn
 
 from trimtab.core.errors import UserError
 from trimtab.core.knob import Domain, Knob
-from trimtab.engine.elastic import Supernet, called
-from trimtab.space import Choice, Depth, Heads, OneOf, Space, Width, open_space, pieces
+from trimtab.engine.elastic import Supernet, called, sized
+from trimtab.space import Choice, Depth, Heads, OneOf, Resolution, Space, Width, open_space, pieces
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 INPUTS = {
     "mobile-cnn": {"images": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))},
@@ -206,6 +208,22 @@ def test_pieces_are_narrowed_one_by_one() -> None:
     assert float(grads[0][[2, 5, 8]].abs().sum()) == 0 < float(grads[0][kept].abs().sum())
 
 
+def test_a_resolution_changes_the_batch_and_no_weights() -> None:
+    supernet, images = Supernet(open_space("mobile-cnn:resized", size=16)), INPUTS["mobile-cnn"]
+    knob = next(k for k in supernet.domain.knobs if k.kind == "resolution")
+    assert knob.options == (8, 10, 12, 14, 16) and knob.name == "resolution"
+    largest = supernet.domain.setting(supernet.domain.largest())
+    large, small = (supernet.extract(supernet.domain.genome({**largest, knob.name: n})).eval() for n in (16, 8))
+    assert all(torch.equal(a, b) for a, b in zip(large.parameters(), small.parameters(), strict=True))
+    shrunk = nn.functional.interpolate(images["images"], (8, 8), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        assert torch.equal(called(small, images, {}), small(shrunk.contiguous(memory_format=torch.channels_last)))
+        assert torch.equal(called(large, {"images": shrunk}, {}), called(large, images, {})) is False
+    assert sized(small, images)["images"].shape == (2, 3, 8, 8)
+    wide = sized(small, {"images": torch.zeros(1, 3, 16, 24), "other": torch.zeros(1)})
+    assert wide["images"].shape == (1, 3, 8, 12) and wide["other"].shape == (1,)
+
+
 @pytest.mark.parametrize("name", sorted(INPUTS))
 def test_extracted_networks_compute_bit_for_bit_what_the_shared_weights_do(name: str) -> None:
     supernet, inputs = Supernet(open_space(name)), INPUTS[name]
@@ -293,6 +311,11 @@ def test_spaces_that_cannot_be(tmp_path: Path) -> None:
         return nn.Sequential(nn.Linear(2, 6 // width), nn.Linear(6 // width, 2))
 
     refused(uneven, "0.weight", "do not fit")
+    refused(lambda: nn.Linear(2, Resolution(8, 4)), "Resolution(8, 4)", "larger")
+    refused(lambda: nn.Linear(Resolution(4, 8), Resolution(4, 16)), "of 8 and of 16 pixels", "one Resolution")
+    text = Supernet(Space(lambda: nn.Linear(2, 0 * Resolution(4, 8) + 2)))
+    with pytest.raises(UserError, match=r"for images .* the inputs are input \[1, 2\]"):
+        called(text.extract((0,)), {"input": torch.zeros(1, 2)}, {})
     with pytest.raises(UserError, match="no space 'mobil-cnn'"):
         open_space("mobil-cnn")
     file = tmp_path / "mine.py"

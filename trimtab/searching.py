@@ -328,7 +328,7 @@ class Search:
             said = [f"{len(knobs)} of them"] if len(knobs) > 1 else []
             said += [f"{hangs} hang on others"] if hangs else []
             said += [f"ties {layers} layers" if len(knobs) == 1 else f"tie {layers} layers in all"] if layers else []
-            lines.append(f"  {like:{wide}}  {kind:6}  {' '.join(map(str, options))}  ({', '.join(said)})")
+            lines.append(f"  {like:{wide}}  {kind:10}  {' '.join(map(str, options))}  ({', '.join(said)})")
         if len(groups) > LINES:
             lines.append(f"  and {len(groups) - LINES} more")
         lines.append(f"  {'':10}  {'smallest':>10}  {'median':>10}  {'largest':>10}")

@@ -349,6 +349,8 @@ class Supernet(nn.Module):
         """
         largest = self.domain.largest()
         module = self.extract(largest).eval()
+        if isinstance(inputs, Mapping):
+            inputs = sized(module, inputs)
         if isinstance(inputs, Mapping) and not inputs.keys() <= inspect.signature(module.forward).parameters.keys():
             inputs = tuple(inputs.values())
         paths = {id(m): p for p, m in self.network(largest).module.named_modules()}
@@ -399,9 +401,32 @@ class Supernet(nn.Module):
         return self.bound(self.domain.largest())[0](*args, **kwargs)
 
 
+def sized(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs as a network takes them: images at the height that it was chosen with, see `trimtab.space.Resolution`.
+
+    Raises:
+        UserError: there are no images among them.
+    """
+    height = getattr(module, "_resolution", None)
+    if height is None:
+        return dict(inputs)
+    images = {n: v for n, v in inputs.items() if v.dim() == 4 and v.is_floating_point()}
+    if not images:
+        found = ", ".join(f"{n} {list(v.shape)}" for n, v in inputs.items())
+        raise UserError(f"a Resolution is for images [n, channels, height, width], and the inputs are {found}")
+    return {**inputs, **{n: _resized(v, height) for n, v in images.items()}}
+
+
+def _resized(images: Tensor, height: int) -> Tensor:
+    if images.shape[2] == height:
+        return images
+    size = (height, max(1, round(images.shape[3] * height / images.shape[2])))
+    return nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 def called(module: nn.Module, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
     """A network's output: its inputs by name where its forward knows the names, else in order."""
-    inputs = {name: _laid_out(value) for name, value in inputs.items()}
+    inputs = {name: _laid_out(value) for name, value in sized(module, inputs).items()}
     if inputs.keys() <= inspect.signature(module.forward).parameters.keys():
         return module(**inputs, **options)
     return module(*inputs.values())

@@ -31,9 +31,10 @@ class OFA(Elastic):
             is trained, too (paper: yes).
 
     Reference: Cai et al. 2020, arXiv:1908.09791, section 3.3; numbers of steps and sub-networks from the authors' code.
-    Departures: plain choices (activations, blocks) open with kernels; the resolution of images is not elastic; the
-        schedule does not begin anew once more when the smallest depth and width open; every phase begins at the full
-        rate, since at the paper's shares of it AdamW leaves the smaller networks as they are.
+    Departures: plain choices (activations, blocks) open with kernels; the teacher sees images at the largest
+        resolution, whatever its pupils see; the schedule does not begin anew once more when the smallest depth and
+        width open; every phase begins at the full rate, since at the paper's shares of it AdamW leaves the smaller
+        networks as they are.
 
     >>> OFA().phase(Lesson(Domain(()), {}, step=999, steps=1000))
     3
@@ -64,13 +65,13 @@ class OFA(Elastic):
         return start, start + self.shares[phase], self.rates[phase]
 
     def phase(self, lesson: Lesson) -> int:
-        """0: the largest network; 1: kernels, too; 2: depths, too; 3: widths, too."""
+        """0: the largest network, at every resolution; 1: kernels, too; 2: depths, too; 3: widths, too."""
         return self._place(lesson)[0]
 
     def teach(self, lesson: Lesson, rng: Random) -> tuple[Pupil, ...]:
         phase, through = self._place(lesson)
         if phase == 0:
-            return (Pupil(lesson.domain.largest(lesson.offered)),)
+            return (Pupil(lesson.domain.random(rng, self._open(lesson, phase, through))),)
         drawn = [lesson.domain.random(rng, self._open(lesson, phase, through)) for _ in range(self.pupils[phase])]
         return tuple(Pupil(genome, "before", self.labels, 1 / len(drawn)) for genome in drawn)
 
@@ -98,7 +99,7 @@ class OFA(Elastic):
         opened: dict[str, tuple[int, ...]] = {}
         for knob in lesson.domain.knobs:
             places = tuple(lesson.offered.get(knob.name, (len(knob.options) - 1,)))
-            turn = {"depth": 2, "width": 3, "heads": 3}.get(knob.kind, 1)
+            turn = {"resolution": 0, "depth": 2, "width": 3, "heads": 3}.get(knob.kind, 1)
             if turn > phase:
                 places = places[-1:]
             elif turn == phase > 1 and through < self.first and len(places) > 2:
