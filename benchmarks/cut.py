@@ -55,7 +55,7 @@ MODELS = {
     "pocket-vit": Setting(150, {"batch": 64, "rate": 1e-3, "decay": 0.0, "gathered": 256}),
     "pocket-lm": Setting(60, {"length": 128, "batch": 4, "rate": 3e-4, "decay": 0.0, "tested": 48}),
     "benchmarks.resnet:resnet20": Setting(
-        120, {"data": "benchmarks.resnet:cifar10", "batch": 64, "rate": 1e-3, "decay": 0.0, "tested": 1000}
+        60, {"data": "benchmarks.resnet:cifar10", "batch": 64, "rate": 1e-3, "decay": 0.0, "tested": 1000}
     ),
 }
 
