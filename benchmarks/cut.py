@@ -45,17 +45,20 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is tuned: see `trimtab.elasticity.cut_model`."""
+    """How a model is tuned, see `trimtab.elasticity.cut_model`, and on how many items (times `task.multiple`) its
+    networks are searched.
+    """
 
     steps: int
     options: dict[str, Any]
+    searched: int = 20
 
 
 MODELS = {
     "pocket-vit": Setting(150, {"batch": 64, "rate": 1e-3, "decay": 0.0, "gathered": 256}),
     "pocket-lm": Setting(60, {"length": 128, "batch": 4, "rate": 3e-4, "decay": 0.0, "tested": 48}),
     "benchmarks.resnet:resnet20": Setting(
-        60, {"data": "benchmarks.resnet:cifar10", "batch": 64, "rate": 1e-3, "decay": 0.0, "tested": 1000}
+        60, {"data": "benchmarks.resnet:cifar10", "batch": 64, "rate": 1e-3, "decay": 0.0, "tested": 500}, searched=5
     ),
 }
 
@@ -78,7 +81,7 @@ def measured(model: str, seed: int, evaluations: int, small: bool) -> dict[str, 
     offered = domain.within(tuning.offer(domain))
     costs = Costs(bench.maker, dict(bench.items.take(0, 1).inputs), bench.task.options, within=offered)
     net = bench.trained(tuning, steps, sort=True)
-    searched = bench.task.batch("search", 40 if small else 20 * bench.task.multiple, seed)
+    searched = bench.task.batch("search", 40 if small else setting.searched * bench.task.multiple, seed)
     jury = Jury(bench.task, bench.items.take(0, bench.gathered), searched)
 
     def whole(genome: Any) -> Any:
