@@ -21,10 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.core.budget import Budget
 from trimtab.core.errors import BudgetError, UserError
+from trimtab.core.method import Elastic, Lesson
+from trimtab.core.plan import parse_method
 from trimtab.engine.costing import Costs
 from trimtab.engine.cuts import Cuts
 from trimtab.engine.elastic import Supernet, called
 from trimtab.engine.stream import traced
+from trimtab.engine.teaching import Course
+from trimtab.engine.train import Recipe
 from trimtab.formats.network_code import write_network
 from trimtab.models.source import open_source
 from trimtab.searching import describe, search
@@ -73,6 +77,37 @@ def test_seconds_are_near_what_is_measured() -> None:
     assert 0 < small < large
     measured = [costs.measure(genome) for genome in ends]
     assert np.allclose([small, large], measured, rtol=0.5), "this is no benchmark: a busy machine may be that far off"
+
+
+# ---- curricula
+
+
+def test_the_rate_of_ofa_begins_anew_in_every_phase() -> None:
+    ofa, whole = parse_method("ofa(rates=(1.0, 0.5, 0.25, 1.0))"), Recipe(steps=1000, rate=0.1)
+    course = Course(steps=1000, rate=0.1, warmup=0.0, method=ofa)  # type: ignore[arg-type]
+    starts = [0, 300, 510, 755]
+    assert [course.rate_at(step) for step in starts] == pytest.approx([0.1, 0.05, 0.025, 0.1])
+    assert [course.rate_at(step - 1) for step in starts[1:]] == pytest.approx([0.01, 0.005, 0.0025], rel=0.02)
+    plain = Course(steps=1000, rate=0.1, method=parse_method("sandwich"))  # type: ignore[arg-type]
+    assert [plain.rate_at(s) for s in range(1000)] == [whole.rate_at(s) for s in range(1000)]
+
+
+def test_ofa_draws_resolutions_from_the_first_phase_on_and_smallest_depths_last() -> None:
+    ofa, domain = parse_method("ofa"), open_space("mobile-cnn:resized").domain
+    assert isinstance(ofa, Elastic)
+
+    def seen(step: int) -> dict[Any, set[int]]:
+        lesson = Lesson(domain, ofa.offer(domain), step, 1000)
+        drawn = [domain.setting(p.genome) for i in range(60) for p in ofa.teach(lesson, random.Random(i))]
+        kinds = {k.name: k.kind for k in domain.knobs}
+        return {kind: {o for s in drawn for n, o in s.items() if kinds[n] == kind} for kind in set(kinds.values())}
+
+    heights = {16, 20, 24, 28, 32}
+    assert seen(0) == {"resolution": heights, "choice": {5}, "depth": {3}, "width": {4}}
+    assert seen(400) == {"resolution": heights, "choice": {3, 5}, "depth": {3}, "width": {4}}
+    assert seen(520) == {"resolution": heights, "choice": {3, 5}, "depth": {2, 3}, "width": {4}}
+    assert seen(700) == {"resolution": heights, "choice": {3, 5}, "depth": {1, 2, 3}, "width": {4}}
+    assert seen(999) == {"resolution": heights, "choice": {3, 5}, "depth": {1, 2, 3}, "width": {2, 3, 4}}
 
 
 # ---- networks as source

@@ -118,16 +118,16 @@ class Supernet(nn.Module):
         self._pieces: dict[str, dict[int, tuple[int, ...]]] = {}
         self._networks: OrderedDict[Genome, Network] = OrderedDict()
         self._tensors: dict[str, Tensor] = {}
-        self._kernels: dict[str, set[tuple[int, ...]]] = {}  # sizes of each convolution's kernel
+        self._kernels: dict[Any, set[tuple[int, ...]]] = {}  # where a convolution is made -> sizes of its kernel
         self._matrices: dict[str, dict[tuple[int, ...], str]] = {}  # a kernel's size -> the matrix that leaves it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for genome in self._covering():
                 self._take(genome)
-        for shared, sizes in self._kernels.items() if transforms else ():
+        for where, sizes in self._kernels.items() if transforms else ():
             for size in sorted(sizes, reverse=True)[1:]:
-                name = f"{shared}.{'x'.join(map(str, size))}"
-                self._matrices.setdefault(shared, {})[size] = name
+                name = f"{self._names[where]}.{'x'.join(map(str, size))}"
+                self._matrices.setdefault(self._names[where], {})[size] = name
                 self._tensors[name] = nn.Parameter(torch.eye(math.prod(size)))
         for name, tensor in self._tensors.items():
             if isinstance(tensor, nn.Parameter):
@@ -155,6 +155,8 @@ class Supernet(nn.Module):
             where = made[_joined(path, name)]
             known = self._names.get(where)
             holder = module.get_submodule(path)
+            if isinstance(holder, nn.modules.conv._ConvNd) and tensor.dim() > 2:
+                self._kernels.setdefault(where, set()).add(tuple(tensor.shape[2:]))
             if known is None:
                 known = _joined(path, name)
                 while known in self._tensors:
@@ -162,9 +164,7 @@ class Supernet(nn.Module):
                 self._names[where] = known
                 self._tensors[known] = _whole(tensor)
                 self._pieces[known] = getattr(holder, "_pieces", {})
-                self._sized(known, holder, tensor)
                 continue
-            self._sized(known, holder, tensor)
             old = self._tensors[known]
             if old.dim() != tensor.dim():
                 raise UserError(
@@ -180,10 +180,6 @@ class Supernet(nn.Module):
                     )
                 self._tensors[known] = _whole(tensor)
                 self._pieces[known] = getattr(holder, "_pieces", {})
-
-    def _sized(self, shared: str, holder: nn.Module, tensor: Tensor) -> None:
-        if isinstance(holder, nn.modules.conv._ConvNd) and tensor.dim() > 2:
-            self._kernels.setdefault(shared, set()).add(tuple(tensor.shape[2:]))
 
     # ---- networks
 
