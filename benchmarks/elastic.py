@@ -90,8 +90,8 @@ def measured(epochs: int, budgets: int, seed: int, methods: tuple[str, ...]) -> 
             value = task.overall(scores[method, genome], test.amounts)
             row[method] = {"accuracy": value, "behind": row["alone"] - value, "interval": list(behind)}
         rows.append(row)
-    behind = {m: sum(row[m]["behind"] for row in rows) / len(rows) for m in methods}
-    data = {"images": SIZES["calibration"], "tested": SIZES["test"], "behind": behind}
+    means = {m: sum(row[m]["behind"] for row in rows) / len(rows) for m in methods}
+    data = {"images": SIZES["calibration"], "tested": SIZES["test"], "behind": means}
     return {
         **data,
         "epochs": epochs,
