@@ -10,6 +10,7 @@ weights, to the same four networks' own forward and backward passes as plain mod
 processor seconds of one thread, by turns.
 
     python benchmarks/elastic.py          # an hour and a half on one core; the shared data are needed
+    python benchmarks/elastic.py --images 1000 --epochs 20 --budgets 3 --tested 2000 --methods ofa uniform-sampling
     python benchmarks/elastic.py --speed  # a minute
     python benchmarks/elastic.py --small  # two minutes; nothing is recorded
 """
@@ -48,7 +49,7 @@ def cifar10() -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def measured(epochs: int, budgets: int, seed: int) -> dict[str, Any]:
+def measured(epochs: int, budgets: int, seed: int, methods: tuple[str, ...]) -> dict[str, Any]:
     """The record's figures."""
     from trimtab.core.method import method as named
     from trimtab.elasticity import Elasticity
@@ -73,10 +74,10 @@ def measured(epochs: int, budgets: int, seed: int) -> dict[str, Any]:
             scores[name, genome] = bench.jury.scores(module, test)
         print(name, seconds[name], [round(task.overall(scores[name, g], test.amounts), 4) for g in wanted], flush=True)
 
-    run("ofa", "ofa", steps, genomes)
-    for method in METHODS[1:]:
+    run(methods[0], methods[0], steps, genomes)
+    for method in methods[1:]:
         each = 3 if method.startswith("sandwich") else 1
-        run(method, method, passes["ofa"] // each, genomes)
+        run(method, method, passes[methods[0]] // each, genomes)
     for i, genome in enumerate(genomes):
         run(f"alone {i}", named("alone", genome=genome), steps, [genome])
     rows = []
@@ -84,12 +85,22 @@ def measured(epochs: int, budgets: int, seed: int) -> dict[str, Any]:
         alone = scores[f"alone {i}", genome]
         row: dict[str, Any] = {k: float(v[0]) for k, v in bench.costs.price([genome]).items()}
         row["alone"] = task.overall(alone, test.amounts)
-        for method in METHODS:
+        for method in methods:
             behind = bootstrap(task, alone, scores[method, genome], test.amounts)[2]
             value = task.overall(scores[method, genome], test.amounts)
             row[method] = {"accuracy": value, "behind": row["alone"] - value, "interval": list(behind)}
         rows.append(row)
-    return {"epochs": epochs, "steps": steps, "seed": seed, "passes": passes, "cpu_seconds": seconds, "networks": rows}
+    means = {m: sum(row[m]["behind"] for row in rows) / len(rows) for m in methods}
+    data = {"images": SIZES["calibration"], "tested": SIZES["test"], "behind": means}
+    return {
+        **data,
+        "epochs": epochs,
+        "steps": steps,
+        "seed": seed,
+        "passes": passes,
+        "cpu_seconds": seconds,
+        "networks": rows,
+    }
 
 
 def speed(rounds: int = 7) -> dict[str, Any]:
@@ -101,9 +112,9 @@ def speed(rounds: int = 7) -> dict[str, Any]:
     from trimtab.space import open_space
 
     draws, found = 4, {}
-    spaces = {"mobile-cnn": torch.randn(64, 3, 32, 32), "vit": torch.randn(64, 3, 32, 32)}
-    for name, images in spaces.items():
-        supernet, labels = Supernet(open_space(name)), torch.randint(10, (64,))
+    images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    for name, transforms in (("mobile-cnn", False), ("mobile-cnn", True), ("vit", False)):
+        supernet = Supernet(open_space(name), transforms=transforms)
         method = named("sandwich", between=draws - 2)
         assert isinstance(method, Elastic)
         teaching = Teaching(supernet, method, {"images": images}, labels, 100)
@@ -125,7 +136,10 @@ def speed(rounds: int = 7) -> dict[str, Any]:
             supernet.bound(pupils[i % draws].genome, leaves=True)
         switch = (time.thread_time() - start) / 200
         ratios = [a / b for a, b in zip(spent["super"], spent["own"], strict=True)]
-        found[name] = {"step_to_own": median(ratios), "switch_to_step": switch / median(spent["super"])}
+        found[f"{name}, transformed kernels" if transforms else name] = {
+            "step_to_own": median(ratios),
+            "switch_to_step": switch / median(spent["super"]),
+        }
     return {"speed": found}
 
 
@@ -135,9 +149,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--images", type=int, default=SIZES["calibration"], help="that are trained on")
+    parser.add_argument("--tested", type=int, default=SIZES["test"], help="images that networks are measured on")
+    parser.add_argument("--budgets", type=int, default=5, help="networks that are compared")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="the first one's passes are what all get")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    SIZES.update({"calibration": args.images, "test": args.tested})
     if args.small:
         SIZES.update({"calibration": 640, "search": 200, "test": 500})
     if args.speed:
@@ -146,7 +165,8 @@ def main() -> None:
     if data_folder() is None:
         print("CIFAR-10 lies in the shared data; name its folder in TRIMTAB_DATA")
         return
-    row = measured(1 if args.small else args.epochs, 2 if args.small else 5, args.seed)
+    epochs, budgets = (1, 2) if args.small else (args.epochs, args.budgets)
+    row = measured(epochs, budgets, args.seed, tuple(args.methods))
     keep_benchmark({"benchmark": "elastic", **row}, kept=not args.small)
 
 

@@ -21,10 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.core.budget import Budget
 from trimtab.core.errors import BudgetError, UserError
+from trimtab.core.method import Elastic, Lesson
+from trimtab.core.plan import parse_method
 from trimtab.engine.costing import Costs
 from trimtab.engine.cuts import Cuts
 from trimtab.engine.elastic import Supernet, called
 from trimtab.engine.stream import traced
+from trimtab.engine.teaching import Course
+from trimtab.engine.train import Recipe
 from trimtab.formats.network_code import write_network
 from trimtab.models.source import open_source
 from trimtab.searching import describe, search
@@ -44,6 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ("name", "inputs"),
     [
         ("mobile-cnn", {"images": torch.zeros(1, 3, 16, 16)}),
+        ("mobile-cnn:resized", {"images": torch.zeros(1, 3, 32, 32)}),
         ("vit", {"images": torch.zeros(1, 3, 32, 32)}),
         ("tiny-llm", {"input_ids": torch.zeros(1, 12, dtype=torch.int64)}),
     ],
@@ -74,6 +79,37 @@ def test_seconds_are_near_what_is_measured() -> None:
     assert np.allclose([small, large], measured, rtol=0.5), "this is no benchmark: a busy machine may be that far off"
 
 
+# ---- curricula
+
+
+def test_the_rate_of_ofa_begins_anew_in_every_phase() -> None:
+    ofa, whole = parse_method("ofa(rates=(1.0, 0.5, 0.25, 1.0))"), Recipe(steps=1000, rate=0.1)
+    course = Course(steps=1000, rate=0.1, warmup=0.0, method=ofa)  # type: ignore[arg-type]
+    starts = [0, 300, 510, 755]
+    assert [course.rate_at(step) for step in starts] == pytest.approx([0.1, 0.05, 0.025, 0.1])
+    assert [course.rate_at(step - 1) for step in starts[1:]] == pytest.approx([0.01, 0.005, 0.0025], rel=0.02)
+    plain = Course(steps=1000, rate=0.1, method=parse_method("sandwich"))  # type: ignore[arg-type]
+    assert [plain.rate_at(s) for s in range(1000)] == [whole.rate_at(s) for s in range(1000)]
+
+
+def test_ofa_draws_resolutions_from_the_first_phase_on_and_smallest_depths_last() -> None:
+    ofa, domain = parse_method("ofa"), open_space("mobile-cnn:resized").domain
+    assert isinstance(ofa, Elastic)
+
+    def seen(step: int) -> dict[Any, set[int]]:
+        lesson = Lesson(domain, ofa.offer(domain), step, 1000)
+        drawn = [domain.setting(p.genome) for i in range(60) for p in ofa.teach(lesson, random.Random(i))]
+        kinds = {k.name: k.kind for k in domain.knobs}
+        return {kind: {o for s in drawn for n, o in s.items() if kinds[n] == kind} for kind in set(kinds.values())}
+
+    heights = {16, 20, 24, 28, 32}
+    assert seen(0) == {"resolution": heights, "choice": {5}, "depth": {3}, "width": {4}}
+    assert seen(400) == {"resolution": heights, "choice": {3, 5}, "depth": {3}, "width": {4}}
+    assert seen(520) == {"resolution": heights, "choice": {3, 5}, "depth": {2, 3}, "width": {4}}
+    assert seen(700) == {"resolution": heights, "choice": {3, 5}, "depth": {1, 2, 3}, "width": {4}}
+    assert seen(999) == {"resolution": heights, "choice": {3, 5}, "depth": {1, 2, 3}, "width": {2, 3, 4}}
+
+
 # ---- networks as source
 
 
@@ -85,9 +121,10 @@ class Odd(nn.Module):
         self.scale = nn.Parameter(torch.randn(4))
         self.register_buffer("shift", torch.arange(4.0), persistent=False)
         self.blocks = nn.Sequential(nn.Linear(4, 4, bias=False), nn.GELU(approximate="tanh"))
+        self.pool = nn.AvgPool1d(3, 1, 1, count_include_pad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.blocks(self.blocks(x)) * self.scale + self.shift
+        y = self.pool(self.blocks(self.blocks(x))) * self.scale + self.shift
         return nn.functional.layer_norm(y, (4,)).clamp(min=-1.0, max=float("inf"))
 
 
@@ -111,17 +148,8 @@ def test_networks_that_source_cannot_say_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="hangs on values"):
         write_network(Values(), tmp_path, "")
-    with pytest.raises(UserError, match="MultiheadAttention"):
-
-        class Attends(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.attention = nn.MultiheadAttention(4, 2)
-
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return self.attention(x, x, x)[0]
-
-        write_network(Attends(), tmp_path, "")
+    with pytest.raises(UserError, match="TransformerEncoderLayer"):
+        write_network(nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8)), tmp_path, "")
     assert not list(tmp_path.iterdir())
 
 
@@ -173,6 +201,21 @@ def test_it_finds_a_plain_network_within_the_budget(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "report.json").read_text())["best"] == report["best"]
 
 
+def test_the_network_says_what_resolution_it_was_chosen_for(tmp_path: Path) -> None:
+    found = search("mobile-cnn:resized", flops=300_000, method="sandwich", out=tmp_path / "run", **QUICK)
+    height = found.report["setting"]["resolution"]
+    assert height in (4, 5, 6, 7, 8) and found.report["best"]["flops"] <= 300_000
+    source = (found.folder / "network.py").read_text()
+    assert f"resolution={height}" in source and f"\n    resolution = {height}  #" in source
+    line = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, sys.argv[1]); import network as n"]
+    line[-1] += "; print(n.network().resolution, 'trimtab' in sys.modules)"
+    done = subprocess.run([*line, str(found.folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(height), "False"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        found.model(torch.zeros(1, 1, height, height))
+    assert counter.get_total_flops() == found.report["best"]["flops"], "counted at the height that it is for"
+
+
 def test_a_space_of_transformers_gives_a_folder_of_transformers(tmp_path: Path, text: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -201,6 +244,18 @@ def test_from_a_trained_model(tiny: Path, text: Path, tmp_path: Path) -> None:
         assert torch.allclose(again(tokens).logits, found.model(tokens).logits, atol=1e-5)
 
 
+def test_from_a_model_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    (tmp_path / "timm_net.py").write_text(TIMM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {**QUICK, "steps": 3, "batch": 4, "evaluations": 6}
+    whole = describe(data="timm_net:images", model="timm_net:network")
+    most = sum(whole["ranges"]["parameters"][1:]) / 2
+    found = search(None, "timm_net:images", model="timm_net:network", parameters=most, out=tmp_path / "run", **options)
+    assert found.report["best"]["parameters"] <= most and found.report["gate"]["needs"] == "torch"
+    assert sum(p.numel() for p in found.model.parameters()) == found.report["best"]["parameters"]
+
+
 def test_levels_and_widths_share_one_allocation(tiny: Path, text: Path, tmp_path: Path) -> None:
     from trimtab import load
 
@@ -218,6 +273,20 @@ def test_levels_and_widths_share_one_allocation(tiny: Path, text: Path, tmp_path
         again = load(str(found.folder), kernels=False).model(tokens).logits
         assert torch.allclose(again, found.model(tokens).logits, atol=1e-4)
 
+
+TIMM = """
+import torch
+
+def network():
+    import timm
+    torch.manual_seed(0)
+    return timm.create_model("resnet10t", num_classes=4, channels=(8, 16, 24, 32), stem_width=8)
+
+def images():
+    rng = torch.Generator().manual_seed(0)
+    return {s: (torch.randn(n, 3, 32, 32, generator=rng), torch.randint(4, (n,), generator=rng))
+            for s, n in (("calibration", 40), ("search", 20), ("test", 20))}
+"""
 
 SMALL_SPACE = """
 from torch import nn

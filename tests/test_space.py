@@ -13,8 +13,10 @@ from torch import nn
 
 from trimtab.core.errors import UserError
 from trimtab.core.knob import Domain, Knob
-from trimtab.engine.elastic import Supernet, called
-from trimtab.space import Choice, Depth, Heads, OneOf, Space, Width, open_space, pieces
+from trimtab.engine.elastic import Supernet, called, sized
+from trimtab.space import Choice, Depth, Heads, OneOf, Resolution, Space, Width, open_space, pieces
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 INPUTS = {
     "mobile-cnn": {"images": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))},
@@ -130,6 +132,63 @@ def test_smaller_kernels_are_the_middles_of_larger_ones() -> None:
     assert torch.equal(small, large[:2, :, 2:5, 2:5])
 
 
+def kernels() -> nn.Module:
+    layers = []
+    for _ in Depth(1, 2, name="deep"):
+        kernel, width = Choice(3, 5, 7), 2 * Width(1, 2, name="wide")
+        layers += [nn.Conv2d(2, width, kernel, padding=kernel // 2), nn.Conv2d(width, 2, 1)]
+    return nn.Sequential(*layers)
+
+
+@pytest.fixture
+def turned() -> Supernet:
+    """Elastic kernels with matrices that are not the identity."""
+    supernet, rng = Supernet(Space(kernels), transforms=True), torch.Generator().manual_seed(0)
+    for p in supernet.parameters():
+        if p.dim() == 2:
+            p.data += 0.1 * torch.randn(p.shape, generator=rng)
+    return supernet
+
+
+def test_smaller_kernels_are_matrices_times_the_middles_of_larger_ones(turned: Supernet) -> None:
+    made = {n: p for n, p in turned.named_parameters() if p.dim() == 2}
+    assert sorted(p.numel() for p in made.values()) == 2 * [81] + 2 * [625], "25 x 25 and 9 x 9 for each layer"
+    domain = turned.domain
+    setting = {"deep": 2, "deep.0.wide": 2, "deep.0.kernel": 7, "deep.1.wide": 2, "deep.1.kernel": 7}
+    large = turned.extract(domain.genome(setting))[0].weight
+    middle = turned.extract(domain.genome({**setting, "deep.0.kernel": 5}))[0].weight
+    small = turned.extract(domain.genome({**setting, "deep.0.kernel": 3, "deep.0.wide": 1}))[0].weight
+    first, second = made["0/weight/5x5"], made["0/weight/3x3"]
+    assert torch.allclose(middle.flatten(2), large[:, :, 1:6, 1:6].flatten(2) @ first.T, atol=1e-6)
+    assert torch.allclose(small.flatten(2), middle[:2, :, 1:4, 1:4].flatten(2) @ second.T, atol=1e-6)
+    plain = Supernet(Space(kernels)).extract(domain.smallest())
+    fresh = Supernet(Space(kernels), transforms=True).extract(domain.smallest())
+    assert torch.equal(plain[0].weight, fresh[0].weight), "the identity at first"
+
+
+def test_transformed_kernels_are_taken_out_bit_for_bit_and_pass_their_gradients_on(turned: Supernet) -> None:
+    inputs, rng, taught = {"input": torch.randn(2, 2, 8, 8)}, random.Random(0), set()
+    for _ in range(20):
+        genome = turned.domain.random(rng)
+        plain = turned.extract(genome)
+        shared = turned.bound(genome)[0]
+        assert torch.equal(called(shared, inputs, {}), called(plain, inputs, {}))
+        assert all(type(p) is nn.Parameter and p.is_leaf for p in plain.parameters())
+        assert not any(n.endswith("x5") or n.endswith("x3") for n, _ in plain.named_parameters())
+        turned.zero_grad()
+        called(shared, inputs, {}).square().sum().backward()
+        whole = {n: p.grad.clone() for n, p in turned.named_parameters() if p.grad is not None}
+        turned.zero_grad()
+        module, views = turned.bound(genome, leaves=True)
+        called(module, inputs, {}).square().sum().backward()
+        turned.gather(genome, views)
+        found = {n: p.grad for n, p in turned.named_parameters() if p.grad is not None}
+        assert whole.keys() == found.keys()
+        assert all(torch.allclose(whole[n], found[n], rtol=1e-4, atol=1e-4) for n in whole)
+        taught |= found.keys()
+    assert taught == {n for n, _ in turned.named_parameters()}
+
+
 def test_pieces_are_narrowed_one_by_one() -> None:
     def fused() -> nn.Module:
         inner = Width(2, 3)
@@ -147,6 +206,22 @@ def test_pieces_are_narrowed_one_by_one() -> None:
     grads = [p.grad for p in supernet.parameters()]
     assert all(g is not None for g in grads)
     assert float(grads[0][[2, 5, 8]].abs().sum()) == 0 < float(grads[0][kept].abs().sum())
+
+
+def test_a_resolution_changes_the_batch_and_no_weights() -> None:
+    supernet, images = Supernet(open_space("mobile-cnn:resized", size=16)), INPUTS["mobile-cnn"]
+    knob = next(k for k in supernet.domain.knobs if k.kind == "resolution")
+    assert knob.options == (8, 10, 12, 14, 16) and knob.name == "resolution"
+    largest = supernet.domain.setting(supernet.domain.largest())
+    large, small = (supernet.extract(supernet.domain.genome({**largest, knob.name: n})).eval() for n in (16, 8))
+    assert all(torch.equal(a, b) for a, b in zip(large.parameters(), small.parameters(), strict=True))
+    shrunk = nn.functional.interpolate(images["images"], (8, 8), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        assert torch.equal(called(small, images, {}), small(shrunk.contiguous(memory_format=torch.channels_last)))
+        assert torch.equal(called(large, {"images": shrunk}, {}), called(large, images, {})) is False
+    assert sized(small, images)["images"].shape == (2, 3, 8, 8)
+    wide = sized(small, {"images": torch.zeros(1, 3, 16, 24), "other": torch.zeros(1)})
+    assert wide["images"].shape == (1, 3, 8, 12) and wide["other"].shape == (1,)
 
 
 @pytest.mark.parametrize("name", sorted(INPUTS))
@@ -236,6 +311,11 @@ def test_spaces_that_cannot_be(tmp_path: Path) -> None:
         return nn.Sequential(nn.Linear(2, 6 // width), nn.Linear(6 // width, 2))
 
     refused(uneven, "0.weight", "do not fit")
+    refused(lambda: nn.Linear(2, Resolution(8, 4)), "Resolution(8, 4)", "larger")
+    refused(lambda: nn.Linear(Resolution(4, 8), Resolution(4, 16)), "of 8 and of 16 pixels", "one Resolution")
+    text = Supernet(Space(lambda: nn.Linear(2, 0 * Resolution(4, 8) + 2)))
+    with pytest.raises(UserError, match=r"for images .* the inputs are input \[1, 2\]"):
+        called(text.extract((0,)), {"input": torch.zeros(1, 2)}, {})
     with pytest.raises(UserError, match="no space 'mobil-cnn'"):
         open_space("mobil-cnn")
     file = tmp_path / "mine.py"

@@ -212,7 +212,7 @@ class Delivery:
         """Write the network into a folder, load it in a fresh process, and compare its outputs."""
         import torch
 
-        from trimtab.engine.elastic import called
+        from trimtab.engine.elastic import called, sized
         from trimtab.formats.checkpoint import write_safetensors
 
         folder, temporary = self.out / "model", self.out / ".model.part"
@@ -221,10 +221,10 @@ class Delivery:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         needs = self._store(model, genome, temporary)
-        one = self.search.batch("test", 4)
+        inputs = sized(model, self.search.batch("test", 4).inputs)
         with torch.no_grad():
-            output = called(model, one.inputs, self.task.options)
-        tensors = {**dict(one.inputs), "output": getattr(output, "logits", output)}
+            output = called(model, inputs, self.task.options)
+        tensors = {**inputs, "output": getattr(output, "logits", output)}
         probe = self.out / ".probe.safetensors"
         write_safetensors({k: v.contiguous() for k, v in tensors.items()}, probe)
         asked = [sys.executable, "-c", LOADS, str(temporary), str(probe), needs]

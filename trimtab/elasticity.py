@@ -75,19 +75,20 @@ class Elasticity:
         import torch
 
         from trimtab.engine.elastic import Supernet
-        from trimtab.engine.teaching import Teaching
-        from trimtab.engine.train import Recipe, train
+        from trimtab.engine.teaching import Course, Teaching
+        from trimtab.engine.train import train
 
         made = parse_method(how) if isinstance(how, str) else how
-        supernet = Supernet(self.maker, self.seed)
+        assert isinstance(made, Elastic)
+        supernet = Supernet(self.maker, self.seed, made.transforms)
         if sort:
             supernet.sort(dict(self.items.take(0, 1).inputs))
         if not steps:
             return supernet.requires_grad_(False)
-        recipe = Recipe(steps=steps, batch=self.batch, rate=self.rate, decay=self.decay, seed=self.seed)
+        recipe = Course(steps=steps, batch=self.batch, rate=self.rate, decay=self.decay, seed=self.seed, method=made)
         optimiser = torch.optim.AdamW(supernet.parameters(), lr=self.rate, weight_decay=self.decay)
         options = self.task.options
-        teaching = Teaching(supernet, made, self.items.inputs, self.items.labels, steps, self.seed, options)  # type: ignore[arg-type]
+        teaching = Teaching(supernet, made, self.items.inputs, self.items.labels, steps, self.seed, options)
         train(supernet, None, len(self.items), recipe, optimiser, backward=teaching)  # type: ignore[arg-type]
         self.passes[str(how)] = teaching.passes
         return supernet.requires_grad_(False)

@@ -119,10 +119,10 @@ class Request:
 
     def recipe(self) -> Any:
         """How the elastic network is trained."""
-        from trimtab.engine.train import Recipe
+        from trimtab.engine.teaching import Course
 
-        every = max(50, self.steps // 10)
-        return Recipe(steps=self.steps, batch=self.batch, rate=self.rate, decay=self.decay, every=every, seed=self.seed)
+        told = {"steps": self.steps, "batch": self.batch, "rate": self.rate, "decay": self.decay, "seed": self.seed}
+        return Course(every=max(50, self.steps // 10), method=parse_method(self.method), **told)  # type: ignore[arg-type]
 
     @property
     def limits(self) -> dict[str, float]:
@@ -274,7 +274,8 @@ class Search:
         """The elastic network, trained."""
         from trimtab.engine.elastic import Supernet
 
-        found = Supernet(self.maker, self.request.seed)
+        transforms = parse_method(self.request.method).transforms  # type: ignore[attr-defined]
+        found = Supernet(self.maker, self.request.seed, transforms)
         if self.source is not None:
             found.sort(dict(self.batch("calibration", 1).inputs))
         return found
@@ -327,7 +328,7 @@ class Search:
             said = [f"{len(knobs)} of them"] if len(knobs) > 1 else []
             said += [f"{hangs} hang on others"] if hangs else []
             said += [f"ties {layers} layers" if len(knobs) == 1 else f"tie {layers} layers in all"] if layers else []
-            lines.append(f"  {like:{wide}}  {kind:6}  {' '.join(map(str, options))}  ({', '.join(said)})")
+            lines.append(f"  {like:{wide}}  {kind:10}  {' '.join(map(str, options))}  ({', '.join(said)})")
         if len(groups) > LINES:
             lines.append(f"  and {len(groups) - LINES} more")
         lines.append(f"  {'':10}  {'smallest':>10}  {'median':>10}  {'largest':>10}")

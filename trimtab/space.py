@@ -72,6 +72,19 @@ def Depth(*options: int, name: str = "") -> Iterator[int]:
                 yield i
 
 
+def Resolution(*options: int, name: str = "") -> int:
+    """The height that images come in, in pixels; their width goes with it. It changes the batch and no weights."""
+    height = options[_decide("resolution", _rising("Resolution", options), name)]
+    if _BUILD is not None:
+        if _BUILD.resolution not in (None, height):
+            raise UserError(
+                f"images of {_BUILD.resolution} and of {height} pixels were asked for in one network; a space has one "
+                "Resolution"
+            )
+        _BUILD.resolution = height
+    return height
+
+
 def OneOf(*makers: Callable[..., Any], name: str = "") -> Callable[..., Any]:
     """One of several blocks, each with parameters of its own; called with what a block is made from."""
     build = _BUILD
@@ -100,6 +113,7 @@ class Build:
             that stands for all of them; None: one option is made.
         knobs: found on the way, in order.
         made: identity of a parameter or buffer -> where it was made.
+        resolution: height of the network's images; None: as they are.
     """
 
     names: dict[Where, str]
@@ -108,6 +122,7 @@ class Build:
     mix: Mix | None = None
     knobs: dict[str, Knob] = field(default_factory=dict)
     made: dict[int, Where] = field(default_factory=dict)
+    resolution: int | None = None
     scope: list[tuple[str, Any, tuple[tuple[str, frozenset[int]], ...]]] = field(default_factory=list)
     _counts: Counter[Where] = field(default_factory=Counter)
     _alive: list[Any] = field(default_factory=list)
@@ -213,6 +228,7 @@ def _rising(what: str, options: tuple[int, ...]) -> tuple[int, ...]:
 
 def _call(build: Build, function: Callable[[], nn.Module]) -> nn.Module:
     """Call a space's function with a build's decisions."""
+    from torch import nn
     from torch.nn.modules import module as hooks
 
     global _BUILD
@@ -222,7 +238,10 @@ def _call(build: Build, function: Callable[[], nn.Module]) -> nn.Module:
         hooks.register_module_buffer_registration_hook(build.registered),
     ]
     try:
-        return function()
+        made = function()
+        if build.resolution is not None and isinstance(made, nn.Module):
+            made._resolution = build.resolution  # type: ignore[assignment]
+        return made
     finally:
         _BUILD = before
         for handle in handles:

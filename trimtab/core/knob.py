@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from trimtab.core.errors import UserError
 
-Kind = Literal["choice", "width", "heads", "depth", "block", "level", "recipe"]
+Kind = Literal["choice", "width", "heads", "depth", "block", "resolution", "level", "recipe"]
 Genome = tuple[int, ...]
 Offered = Mapping[str, Sequence[int]]  # knob -> rising places of its options
 
@@ -28,8 +28,8 @@ class Knob:
     Fields:
         name: as it prints; unique in its domain.
         options: what it may be set to; of widths and depths from smallest to largest.
-        kind: a plain choice, a width, a number of heads, a depth, a block among several, a level of compression, or
-            part of a recipe.
+        kind: a plain choice, a width, a number of heads, a depth, a block among several, the height of the
+            images, a level of compression, or part of a recipe.
         when: (name of another knob, places of its options) pairs, under all of which this knob matters; from the
             outermost to the nearest, each knob hanging on those before it.
     """

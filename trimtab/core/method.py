@@ -462,6 +462,11 @@ class Elastic(Method):
 
     verb = "offer"
 
+    @property
+    def transforms(self) -> bool:
+        """Whether smaller kernels are learnt functions of larger ones, see `parts.kernel_transform`."""
+        return False
+
     @abstractmethod
     def offer(self, domain: Domain) -> Offered:
         """Places of the options of each knob that take part; a knob that is not named stays at its last option."""
@@ -473,6 +478,12 @@ class Elastic(Method):
     def sorts(self, lesson: Lesson) -> bool:
         """Whether channels are put in the order of their importance before a step."""
         return False
+
+    def rate(self, lesson: Lesson) -> tuple[float, float, float]:
+        """The schedule of the learning rate that a step is in: where it begins and ends, as shares of the steps, and
+        its largest rate, as a share of the training's.
+        """
+        return 0.0, 1.0, 1.0
 
 
 class Relaxer(Method):

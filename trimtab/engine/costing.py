@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimtab.core.errors import UserError
 from trimtab.core.journal import write_atomic
 from trimtab.core.knob import Domain, Genome
-from trimtab.engine.elastic import called
+from trimtab.engine.elastic import called, sized
 from trimtab.kernels.profile import cores, machine_name, threads_set, timed
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class Costs:
                                         tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
                                     )
                                 table[name] = made[id(tensor)]
-                inputs = {k: mode.from_tensor(v) for k, v in self.inputs.items()}
+                inputs = {k: mode.from_tensor(v) for k, v in sized(module, self.inputs).items()}
                 with recorder:
                     called(module, inputs, self.options)
         except UserError:
@@ -416,8 +416,9 @@ class Costs:
     def measure(self, genome: Genome, seconds: float = 0.3) -> float:
         """Seconds of a forward of a network with weights drawn anew, measured here."""
         module = self.maker.build(self._whole(genome), meta=False)[0].eval()
+        inputs = sized(module, self.inputs)
         with threads_set(self.threads), torch.no_grad():
-            return timed(lambda: called(module, self.inputs, self.options), seconds, self.threads)[0]
+            return timed(lambda: called(module, inputs, self.options), seconds, self.threads)[0]
 
     def price(self, genomes: Sequence[Genome] | np.ndarray) -> dict[str, np.ndarray]:
         """Costs of canonical genomes: name -> array; seconds where they are measured."""

@@ -2,13 +2,15 @@
 
 A network is built without memory, once, and its parameters are then views into the shared weights: the first channels,
 the middle of a kernel. What a training step does to a view it does to the shared weight; what is taken out is a copy of
-the views in the very same module, so that it computes bit for bit what the shared weights do.
+the views in the very same module, so that it computes bit for bit what the shared weights do. Where smaller kernels are
+learnt functions of larger ones, a network has their values, and their gradients go on to what they were made from.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from trimtab.core.knob import Domain, Genome
 from trimtab.core.modelmap import trace
 from trimtab.formats.cutting import out_dim, units_of
 from trimtab.formats.structure import flipped
+from trimtab.parts.kernel_transform import smaller_kernel
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -42,12 +45,15 @@ Index = tuple[slice | Tensor, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network's tensor lies: the module and name that hold it, and the part of which shared tensor it is."""
+    """Where a network's tensor lies: the module and name that hold it, the part of which shared tensor it is, and by
+    which matrices (name, and the size that it leaves) a smaller kernel is made of that part, from the largest on.
+    """
 
     holder: nn.Module
     name: str
     shared: str
     index: Index | None
+    chain: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def of(self, whole: Tensor) -> Tensor:
         """The part of the shared tensor; a view but where several pieces are put together."""
@@ -62,6 +68,12 @@ class Place:
                 else whole.index_select(dim, part)
             )
         return whole
+
+    def turned(self, part: Tensor, matrices: Iterable[Tensor]) -> Tensor:
+        """What the chain makes of the part."""
+        for matrix, (_, size) in zip(matrices, self.chain, strict=True):
+            part = smaller_kernel(part, size, matrix)
+        return part
 
     def add(self, whole: Tensor, part: Tensor) -> None:
         """Add to the part of the shared tensor."""
@@ -92,22 +104,31 @@ class Supernet(nn.Module):
     Args:
         maker: makes the networks, see `trimtab.space.Space`.
         seed: of the weights.
+        transforms: smaller kernels are made of the middles of larger ones by matrices that are trained, too: from each
+            size of a layer's kernel to the next, the identity at first.
 
     Raises:
         UserError: parameters that cannot be slices of one another; the message names them and their shapes.
     """
 
-    def __init__(self, maker: Maker, seed: int = 0) -> None:
+    def __init__(self, maker: Maker, seed: int = 0, transforms: bool = False) -> None:
         super().__init__()
         self.maker, self.domain = maker, maker.domain
         self._names: dict[Any, str] = {}  # where a tensor is made -> its name
         self._pieces: dict[str, dict[int, tuple[int, ...]]] = {}
         self._networks: OrderedDict[Genome, Network] = OrderedDict()
         self._tensors: dict[str, Tensor] = {}
+        self._kernels: dict[Any, set[tuple[int, ...]]] = {}  # where a convolution is made -> sizes of its kernel
+        self._matrices: dict[str, dict[tuple[int, ...], str]] = {}  # a kernel's size -> the matrix that leaves it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for genome in self._covering():
                 self._take(genome)
+        for where, sizes in self._kernels.items() if transforms else ():
+            for size in sorted(sizes, reverse=True)[1:]:
+                name = f"{self._names[where]}.{'x'.join(map(str, size))}"
+                self._matrices.setdefault(self._names[where], {})[size] = name
+                self._tensors[name] = nn.Parameter(torch.eye(math.prod(size)))
         for name, tensor in self._tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name.replace(".", "/"), tensor)
@@ -134,6 +155,8 @@ class Supernet(nn.Module):
             where = made[_joined(path, name)]
             known = self._names.get(where)
             holder = module.get_submodule(path)
+            if isinstance(holder, nn.modules.conv._ConvNd) and tensor.dim() > 2:
+                self._kernels.setdefault(where, set()).add(tuple(tensor.shape[2:]))
             if known is None:
                 known = _joined(path, name)
                 while known in self._tensors:
@@ -190,8 +213,9 @@ class Supernet(nn.Module):
                         f"{path}.{name} of {self.maker.name} is in no network that was tried; make it inside of the "
                         "OneOf or Depth that it hangs on"
                     )
-                index = self._index(shared, tensor, holder, path, name)
-                place = Place(holder, name, shared, index)
+                chain = self._chain(shared, tuple(tensor.shape[2:]))
+                index = self._index(shared, tensor, holder, path, name, bool(chain))
+                place = Place(holder, name, shared, index, chain)
                 if name in holder._parameters:
                     seen[id(tensor)] = len(network.parameters)
                     network.parameters.append(place)
@@ -199,9 +223,22 @@ class Supernet(nn.Module):
                     network.buffers.append(place)
         return network
 
-    def _index(self, shared: str, tensor: Tensor, holder: nn.Module, path: str, name: str) -> Index | None:
+    def _chain(self, shared: str, size: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The matrices between the largest kernel and one of a size, each with the size that it leaves."""
+        steps, here = self._matrices.get(shared, {}), tuple(self._tensors[shared].shape[2:])
+        found = []
+        for left, name in steps.items() if size in steps else ():
+            if all(a <= b <= c for a, b, c in zip(size, left, here, strict=True)):
+                found.append((name, left))
+                here = left
+        return tuple(found)
+
+    def _index(
+        self, shared: str, tensor: Tensor, holder: nn.Module, path: str, name: str, made: bool = False
+    ) -> Index | None:
+        """The part of a shared tensor that a network has; all of a kernel where the network's is made from it."""
         whole = self._tensors[shared].shape
-        part = tuple(tensor.shape)
+        part = (*tensor.shape[:2], *whole[2:]) if made else tuple(tensor.shape)
         if tuple(whole) == part:
             return None
         if len(whole) != len(part) or any(a > b for a, b in zip(part, whole, strict=True)):
@@ -245,7 +282,7 @@ class Supernet(nn.Module):
         views = []
         for place in network.parameters:
             whole = self._tensors[place.shared]
-            view = place.of(whole.detach() if leaves else whole)
+            view = self._value(place, detached=leaves)
             if pressed is not None and not leaves:
                 view = pressed(place.shared, view, genome)
             if leaves and whole.requires_grad:
@@ -261,18 +298,39 @@ class Supernet(nn.Module):
 
     def part(self, place: Place) -> Tensor:
         """A network's part of a shared weight."""
-        return place.of(self._tensors[place.shared].detach())
+        return self._value(place, detached=True)
+
+    def _value(self, place: Place, detached: bool) -> Tensor:
+        tensors = [self._tensors[name] for name in (place.shared, *(name for name, _ in place.chain))]
+        whole, *matrices = [t.detach() for t in tensors] if detached else tensors
+        return place.turned(place.of(whole), matrices)
 
     def gather(self, genome: Genome, views: Iterable[Tensor], factor: float = 1.0) -> None:
         """Add the gradients of a genome's leaves to those of the shared weights."""
         for place, view in zip(self.network(genome).parameters, views, strict=True):
             if view.grad is None:
                 continue
-            whole = self._tensors[place.shared]
-            if whole.grad is None:
-                whole.grad = torch.zeros_like(whole)
-            place.add(whole.grad, view.grad if factor == 1 else view.grad * factor)
+            grad = view.grad if factor == 1 else view.grad * factor
+            if place.chain:
+                grad = self._through(place, grad)
+            place.add(self._gradient(place.shared), grad)
             view.grad = None
+
+    def _gradient(self, name: str) -> Tensor:
+        whole = self._tensors[name]
+        if whole.grad is None:
+            whole.grad = torch.zeros_like(whole)
+        return whole.grad
+
+    @torch.enable_grad()
+    def _through(self, place: Place, grad: Tensor) -> Tensor:
+        """The gradient of the part that a kernel was made of, from the kernel's; those of the matrices are added."""
+        part = place.of(self._tensors[place.shared].detach()).requires_grad_(True)
+        matrices = [self._tensors[name].detach().requires_grad_(True) for name, _ in place.chain]
+        first, *others = torch.autograd.grad(place.turned(part, matrices), [part, *matrices], grad)
+        for (name, _), other in zip(place.chain, others, strict=True):
+            self._gradient(name).add_(other)
+        return first
 
     @torch.no_grad()
     def sort(self, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]) -> int:
@@ -287,6 +345,8 @@ class Supernet(nn.Module):
         """
         largest = self.domain.largest()
         module = self.extract(largest).eval()
+        if isinstance(inputs, Mapping):
+            inputs = sized(module, inputs)
         if isinstance(inputs, Mapping) and not inputs.keys() <= inspect.signature(module.forward).parameters.keys():
             inputs = tuple(inputs.values())
         paths = {id(m): p for p, m in self.network(largest).module.named_modules()}
@@ -337,9 +397,32 @@ class Supernet(nn.Module):
         return self.bound(self.domain.largest())[0](*args, **kwargs)
 
 
+def sized(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs as a network takes them: images at the height that it was chosen with, see `trimtab.space.Resolution`.
+
+    Raises:
+        UserError: there are no images among them.
+    """
+    height = getattr(module, "_resolution", None)
+    if height is None:
+        return dict(inputs)
+    images = {n: v for n, v in inputs.items() if v.dim() == 4 and v.is_floating_point()}
+    if not images:
+        found = ", ".join(f"{n} {list(v.shape)}" for n, v in inputs.items())
+        raise UserError(f"a Resolution is for images [n, channels, height, width], and the inputs are {found}")
+    return {**inputs, **{n: _resized(v, height) for n, v in images.items()}}
+
+
+def _resized(images: Tensor, height: int) -> Tensor:
+    if images.shape[2] == height:
+        return images
+    size = (height, max(1, round(images.shape[3] * height / images.shape[2])))
+    return nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 def called(module: nn.Module, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
     """A network's output: its inputs by name where its forward knows the names, else in order."""
-    inputs = {name: _laid_out(value) for name, value in inputs.items()}
+    inputs = {name: _laid_out(value) for name, value in sized(module, inputs).items()}
     if inputs.keys() <= inspect.signature(module.forward).parameters.keys():
         return module(**inputs, **options)
     return module(*inputs.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,12 +13,32 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
 from trimtab.core.journal import write_atomic
-from trimtab.core.knob import Genome
+from trimtab.core.knob import Domain, Genome
 from trimtab.core.method import Elastic, Lesson, Pupil
 from trimtab.engine.elastic import Supernet, called
+from trimtab.engine.train import Recipe
 from trimtab.formats.checkpoint import Checkpoint, write_safetensors
 
 TEACHER = "teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class Course(Recipe):
+    """A recipe whose learning rate goes as a curriculum wants it.
+
+    Fields:
+        method: the curriculum.
+    """
+
+    method: Elastic | None = None
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        assert self.method is not None
+        start, end, share = self.method.rate(Lesson(Domain(()), {}, step, self.steps))
+        first, last = round(start * self.steps), round(end * self.steps)
+        part = Recipe(steps=max(1, last - first), rate=share * self.rate, warmup=self.warmup, schedule=self.schedule)
+        return part.rate_at(max(0, step - first))
 
 
 class Teaching:

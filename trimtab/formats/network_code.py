@@ -7,7 +7,9 @@ needed, or run, to load it.
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from torch import device, nn
 
 class Network(nn.Module):
     """{title}"""
-
+{facts}
     def __init__(self):
         super().__init__()
 {layers}
@@ -88,7 +90,9 @@ def write_network(module: nn.Module, folder: Path, title: str) -> int:
             node.target = names[node.target]
     forward = traced.graph.python_code("self").src
     body = "\n".join(f"    {line}" if line.strip() else "" for line in forward.strip().splitlines())
-    text = HEAD.format(title=title, layers="\n".join(layers) or "        pass", forward=body + "\n")
+    height = getattr(module, "_resolution", None)
+    facts = f"\n    resolution = {height}  # height of the images that it was chosen for\n" if height else ""
+    text = HEAD.format(title=title, facts=facts, layers="\n".join(layers) or "        pass", forward=body + "\n")
     write_atomic(folder / "network.py", lambda p: p.write_text(text, "utf-8"))
     stored = {key: value.detach().contiguous() for key, value in tensors.items()}
     write_safetensors(stored.items(), folder / "model.safetensors")
@@ -97,17 +101,25 @@ def write_network(module: nn.Module, folder: Path, title: str) -> int:
 
 def _layer(layer: nn.Module, path: str) -> str:
     """The call that makes a layer of torch again."""
-    text = f"nn.{layer!r}"
-    if type(layer).__module__.startswith("torch.nn.") and "\n" not in text:
+    for text in _calls(layer) if type(layer).__module__.startswith("torch.nn.") else ():
         try:
             again = _evaluated(text)
         except Exception:  # its text is for readers alone
-            again = None
-        if again is not None and _state(again) == _state(layer):
+            continue
+        if _state(again) == _state(layer):
             return text
     raise UserError(
         f"{path} is a {type(layer).__name__}, which its text does not make again; use plain layers of torch"
     )
+
+
+def _calls(layer: nn.Module) -> Iterator[str]:
+    """Calls that may make a layer: its own text, and all of its arguments, of which its text leaves some out."""
+    if "\n" not in repr(layer):
+        yield f"nn.{layer!r}"
+    values = {name: getattr(layer, name, ...) for name in inspect.signature(type(layer)).parameters}
+    told = ", ".join(f"{n}={v!r}" for n, v in values.items() if isinstance(v, int | float | str | tuple | None))
+    yield f"nn.{type(layer).__name__}({told})"
 
 
 def _evaluated(text: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trimtab.space import Choice, Depth, Width
+from trimtab.space import Choice, Depth, Resolution, Width
 
 
 def conv(entry: int, exit: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -55,4 +55,10 @@ class MobileCNN(nn.Module):
 
 def network(channels: int = 3, classes: int = 10) -> MobileCNN:
     """The space's network."""
+    return MobileCNN(channels, classes)
+
+
+def resized(channels: int = 3, classes: int = 10, size: int = 32) -> MobileCNN:
+    """The same at resolutions from half of the images' to all of it: `mobile-cnn:resized`."""
+    Resolution(*(size * eighths // 8 for eighths in range(4, 9)))
     return MobileCNN(channels, classes)
