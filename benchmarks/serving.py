@@ -37,7 +37,7 @@ from benchmarks.decode import LARGE, SMALL, rounded, write_model, write_packed
 REGISTERED, ACTIVE, RANK, ROLES = 2000, 200, 8, ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def write_adapters(folder: Path, sizes: dict[str, Any]) -> None:
+def write_adapters(folder: Path, sizes: dict[str, Any], registered: int = REGISTERED, active: int = ACTIVE) -> None:
     """The active adapters, and as many names for them as are registered."""
     from trimtab.formats.checkpoint import write_safetensors
     from trimtab.formats.peft import CONFIG, PREFIX, WEIGHTS
@@ -45,12 +45,12 @@ def write_adapters(folder: Path, sizes: dict[str, Any]) -> None:
     width, head = sizes["hidden_size"], sizes["hidden_size"] // sizes["num_attention_heads"]
     narrow = head * sizes["num_key_value_heads"]
     outputs = dict(zip(ROLES, (width, narrow, narrow, width), strict=True))
-    for i in range(REGISTERED):
+    for i in range(registered):
         made = folder / f"adapter-{i:04}"
         made.mkdir(parents=True)
         (made / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}))
-        if i >= ACTIVE:
-            os.link(folder / f"adapter-{i % ACTIVE:04}" / WEIGHTS, made / WEIGHTS)
+        if i >= active:
+            os.link(folder / f"adapter-{i % active:04}" / WEIGHTS, made / WEIGHTS)
             continue
         rng, tensors = torch.Generator().manual_seed(i), {}
         for block in range(sizes["num_hidden_layers"]):
