@@ -308,6 +308,7 @@ def test_a_peer_that_is_not_installed_says_what_to_install(
         (method("optuna-tpe", draws=0), "draws=0"),
         (method("optuna-nsga2", cross=1.5), "cross=1.5"),
         (method("pymoo-nsga2", size=1), "size=1"),
+        (method("enas", memory=-1.0), "memory=-1.0"),
         (method("functional-hash", sample=0), "sample=0"),
         (method("deeparchitect", by="dfs"), "by='dfs'"),
         (method("deeparchitect", by="smbo", explore=2.0), "explore=2.0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimtab.core.claim import Check
 from trimtab.core.errors import UserError
@@ -28,7 +29,7 @@ def beside(of: str = "", random: str = "random_", say: str = "") -> tuple[Check,
     )
 
 
-def improvement(found: float, random: Sequence[float]) -> float:
+def improvement(found: float, random: Sequence[float] | NDArray[np.float64]) -> float:
     """Percent by which an accuracy is above the mean of random networks, RI = 100 (acc - acc_random) / acc_random.
 
     >>> improvement(93.0, [92.0, 94.0, 90.0, 91.0, 93.0])
