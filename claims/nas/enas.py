@@ -26,8 +26,8 @@ CLAIM = Claim(
     f"one random sub-network; {EVALUATIONS} evaluations with its weights, in fours, of ENAS, of ENAS with the memory, "
     f"and of random search. What the state knows: {PAIRED} random networks, all pairs.",
     metric="error on 300 test images of the best by the search images, in percent; improvement: on the mean of the "
-    "random networks, in percent of its accuracy; knows: rank correlation of the distance of two states with the number "
-    "of choices that differ",
+    "random networks, in percent of its accuracy; knows: rank correlation of the distance of two states with the "
+    "number of choices that differ",
     checks=(
         Check("random search is less than a point behind", "behind", "<", 1.0),
         Check("the memory raises what the state knows", "knows_memory", ">", "knows"),
