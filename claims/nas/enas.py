@@ -84,11 +84,9 @@ def best(trials: tuple[Trial, ...]) -> float:
 def knows(searcher: ENAS, hunt: Hunt) -> float:
     """Rank correlation of how far states are apart with how many choices differ."""
     from scipy.stats import spearmanr
-    from torch import no_grad
 
     genomes = drawn(hunt.domain)
-    with no_grad():
-        states = searcher.controller(hunt).states(genomes).double().numpy()
+    states = searcher.controller(hunt).states(genomes).detach().double().numpy()
     one, other = np.triu_indices(len(genomes), 1)
     apart = np.linalg.norm(states[one] - states[other], axis=1)
     differ = (np.array(genomes)[one] != np.array(genomes)[other]).sum(1)
