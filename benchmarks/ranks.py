@@ -326,7 +326,8 @@ Compute: {len(networks)} networks trained here, {spent:.0f} minutes of one core 
 seconds; the orders {minutes:.0f} minutes.
 """
     if "mobile-cnn" not in spaces:
-        text += f"Of `mobile-cnn`, {len(networks)} of {NETWORKS} networks are trained so far, and its orders are not there.\n"
+        there = f"{len(networks)} of {NETWORKS}"
+        text += f"Of `mobile-cnn`, {there} networks are trained so far, and its orders are not there.\n"
     for name, ways in spaces.items():
         size = next(iter(next(iter(ways.values())).values()))["networks"]
         text += f"\n## {TITLES[name]}\n\n{size:,} networks.\n\n{table(ways)}\n"
