@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -30,6 +31,7 @@ from trimtab.parts.hashing import fingerprint
 from trimtab.parts.neural_predictors import Mixer, Pretrained, diff_kendall
 from trimtab.parts.predicting import Concord, Encoding, Predictor, Ridge, Scores
 from trimtab.parts.protocol import relative_improvement
+from trimtab.peers import installed
 from trimtab.tasks.digit_nets import costs, digit_nets, scores
 from trimtab.tasks.nas_tables import bench201, macro, needed
 
@@ -44,7 +46,17 @@ SEARCHERS = {
     for name, cls in discover().items()
     if issubclass(cls, Searcher) and all(p.default is not p.empty for p in given_to(cls) if p.name != "rng")
 }  # those that need nothing but a generator
-each_searcher = pytest.mark.parametrize("name", SEARCHERS)
+PEERS = {"optuna-tpe": "optuna", "optuna-nsga2": "optuna", "pymoo-nsga2": "pymoo"}
+
+
+def where_installed(name: str) -> object:
+    """A searcher's name, skipped where it is of a library that is not here."""
+    lacks = name in PEERS and not installed(PEERS[name])
+    return pytest.param(name, marks=pytest.mark.skipif(lacks, reason=f"{PEERS.get(name)} is not installed"))
+
+
+each_searcher = pytest.mark.parametrize("name", [where_installed(name) for name in SEARCHERS])
+each_peer = pytest.mark.parametrize("name", [where_installed(name) for name in PEERS])
 quick = settings(max_examples=40, deadline=None)
 points = st.integers(1, 3).flatmap(
     lambda m: st.lists(st.tuples(*[st.integers(0, 6)] * m), min_size=1, max_size=14).map(lambda p: np.array(p, float))
@@ -259,9 +271,44 @@ def test_one_objective_and_limits_are_understood(name: str) -> None:
     assert met <= 1.25 + min(v["error"] for g in every(TREE) if (v := scored(g))["ms"] <= 4)
 
 
+def sums(genome: tuple[int, ...]) -> dict[str, float]:
+    """An error that the knobs add up to, and a cost that is high where the error is low."""
+    return {"error": float(sum(i * place for i, place in enumerate(genome))), "cost": float(24 - sum(genome))}
+
+
+@each_peer
+@pytest.mark.parametrize("limits", [{}, {"cost": 17.0}], ids=["free", "limited"])
+def test_a_peer_learns_from_the_journal(name: str, limits: dict[str, float]) -> None:
+    flat = Domain(tuple(Knob(f"k{i}", ("a", "b", "c")) for i in range(12)))
+    best: dict[str, list[float]] = {name: [], "random-search": []}
+    for kind, found in best.items():
+        searcher = method(kind, **{"size": 10} if "nsga2" in kind else {})
+        for seed in range(4):
+            trials: tuple[Trial, ...] = ()
+            while len(trials) < 200:
+                hunt = Hunt(flat, trials, ("error",), limits, seed=seed)
+                new = searcher.ask(hunt, 10, rng=Random(f"{seed}/{len(trials)}"))  # type: ignore[attr-defined]
+                trials += tuple(Trial(genome, sums(genome)) for genome in new)
+            found.append(min((t.values["error"] for t in trials if t.values["cost"] <= 17 or not limits), default=99.0))
+    assert np.mean(best[name]) < 0.85 * np.mean(best["random-search"])
+
+
+@pytest.mark.parametrize(("name", "package"), PEERS.items())
+def test_a_peer_that_is_not_installed_says_what_to_install(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package} is not installed: pip install 'trimtab\[search\]'"):
+        method(name).ask(Hunt(TREE), 0, rng=Random(0))  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("searcher", "message"),
     [
+        (method("optuna-tpe", draws=0), "draws=0"),
+        (method("optuna-nsga2", cross=1.5), "cross=1.5"),
+        (method("pymoo-nsga2", size=1), "size=1"),
+        (method("enas", memory=-1.0), "memory=-1.0"),
         (method("functional-hash", sample=0), "sample=0"),
         (method("deeparchitect", by="dfs"), "by='dfs'"),
         (method("deeparchitect", by="smbo", explore=2.0), "explore=2.0"),

@@ -340,6 +340,10 @@ def test_what_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "name one, and not both" in refused(2, "mobile-cnn", "--from", "pocket")
     assert "trains no elastic network" in refused(2, "mobile-cnn", "--method", "linas")
     assert "proposes no networks" in refused(2, "mobile-cnn", "--searcher", "ofa")
+    assert "no statistics of nodes" in refused(2, "mobile-cnn", "--searcher", "parzc"), "before anything is trained"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "optuna", None)
+        assert "pip install 'trimtab[search]'" in refused(2, "mobile-cnn", "--searcher", "optuna-tpe")
     assert "levels are offered" in refused(2, "mobile-cnn", "--levels", "4b/g64")
     assert "no device profile" in refused(2, "mobile-cnn", "--latency", "5ms", "--device", str(tmp_path / "none.json"))
     other = tmp_path / "other.json"

@@ -346,6 +346,7 @@ class Search:
         header = {**asked, "knobs": space, "data_hash": self.task.data_hash()}
         journal = Journal(self.out, self.resume, header)
         self.check_feasible()
+        self.check_searcher()
         journal.begin()
         self._timed("train", self._train)
         trials = self._timed("search", self._hunt)
@@ -381,6 +382,17 @@ class Search:
                 f"{asked} were asked for, and no sub-network of {self.maker.name} is within; the nearest takes {said}: "
                 f"{self.said(self.whole(genomes[nearest]))}"
             )
+
+    def check_searcher(self) -> None:
+        """Ask the searcher for no network, so that what it lacks is said before anything is trained.
+
+        Raises:
+            UserError: a field makes no sense, or what the searcher needs is not there.
+        """
+        from trimtab.engine.hunting import Chase
+
+        searcher: Any = parse_method(self.request.searcher)
+        Chase(self.offered, searcher, limits=self.request.limits, price=self.price).ask((), (), 0)
 
     def _train(self) -> None:
         import torch

@@ -31,7 +31,10 @@ def command(
     method: Annotated[
         str | None, typer.Option(help="how the elastic network is trained; by default uniform-sampling, or instatune")
     ] = None,
-    searcher: Annotated[str, typer.Option(help="what proposes sub-networks")] = "linas",
+    searcher: Annotated[
+        str,
+        typer.Option(help="what proposes sub-networks: linas, evolution, random-search, optuna-tpe, ..."),
+    ] = "linas",
     evaluations: Annotated[int, typer.Option(min=1, help="sub-networks that are scored")] = 100,
     steps: Annotated[int, typer.Option(min=1, help="of the training")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="items of a step")] = 64,

@@ -5,8 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from trimtab.core.claim import Check
 from trimtab.core.errors import UserError
+
+
+def beside(of: str = "", random: str = "random_", say: str = "") -> tuple[Check, Check]:
+    """What stands beside every claim of a search: checks of `improvement`, the percent by which what it found is above
+    the mean random network, and of `random_improvement`, what drawing finds with as many evaluations.
+
+    Args:
+        of, random: what the two names begin with.
+        say: what the checks' words begin with.
+
+    >>> [check.say for check in beside(say="macro: ")]
+    ['macro: above the mean random network', 'macro: not below what random search finds']
+    """
+    found = f"{of}improvement"
+    return (
+        Check(f"{say}above the mean random network", found, ">", 0.0),
+        Check(f"{say}not below what random search finds", found, ">=", f"{random}improvement"),
+    )
+
+
+def improvement(found: float, random: Sequence[float] | NDArray[np.float64]) -> float:
+    """Percent by which an accuracy is above the mean of random networks, RI = 100 (acc - acc_random) / acc_random.
+
+    >>> improvement(93.0, [92.0, 94.0, 90.0, 91.0, 93.0])
+    1.0869565217391304
+    """
+    base = float(np.mean(random))
+    return 100 * (found - base) / base
 
 
 def relative_improvement(found: Sequence[float], random: Sequence[float]) -> tuple[float, float]:

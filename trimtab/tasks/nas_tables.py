@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from trimtab.core.method import Trial
 from trimtab.parts.breeding import every
 from trimtab.parts.fronts import front, hypervolume, table
 from trimtab.parts.hashing import fingerprint
+from trimtab.parts.protocol import improvement
 
 Array = NDArray[np.float64]
 OPERATIONS = ("none", "skip", "conv1", "conv3", "pool")
@@ -77,6 +78,26 @@ class Table:
         found = table(trials, unseen)[front(table(trials, self.objectives))]
         volumes = (hypervolume((p - low) / (high - low), np.ones(len(low))) for p in (found, points))
         return next(volumes) / next(volumes)
+
+    def improvement(self, trials: Sequence[Trial], limits: Mapping[str, float] | None = None) -> float:
+        """Percent by which the best of some trials by the error that the search saw is more accurate, by the error that
+        it did not see, than the mean network of the table, both within limits (see `parts.protocol`).
+
+        Raises:
+            UserError: no trial is within the limits.
+        """
+        limits = limits or {}
+        met = [trial for trial in trials if all(trial.values[name] <= limit for name, limit in limits.items())]
+        if not met:
+            raise UserError(f"none of {len(trials)} trials is within {dict(limits)}; give a search more of them")
+        within = np.all([self.values[name] <= limit for name, limit in limits.items()], 0) if limits else slice(None)
+        best = min(met, key=lambda trial: trial.values[self.objectives[0]])
+        return improvement(100 - best.values[self.judged], 100 - self.values[self.judged][within])
+
+    def cheap(self) -> dict[str, float]:
+        """The limit that half of the networks meet, by the name of the second objective."""
+        cost = self.objectives[1]
+        return {cost: float(np.median(self.values[cost]))}
 
     @cached_property
     def volume(self) -> float:
