@@ -244,9 +244,14 @@ def test_a_server_that_is_stopped_lets_texts_end_within_their_time(tmp_path: Pat
         assert "Traceback" not in server.err.read_text()
 
 
-def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    with running(tmp_path) as server:
+def test_children_have_no_key_of_the_environment_and_end_with_a_parent_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_API_KEY", "s3cret")
+    with running(tmp_path, key="s3cret") as server:
         front, engine = server.child("server.front"), server.child("engine")
+        assert "TRIMTAB_API_KEY" in psutil.Process(server.process.pid).environ()
+        assert not any("s3cret" in child.environ().values() for child in (front, engine))
         folder = Path(engine.cmdline()[engine.cmdline().index("--socket") + 1]).parent
         assert folder.stat().st_mode & 0o777 == 0o700
         server.process.kill()

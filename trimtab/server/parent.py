@@ -24,6 +24,7 @@ from trimtab.core.errors import UserError
 from trimtab.server.settings import Settings
 
 PACKAGES = ("fastapi", "uvicorn", "jinja2", "pydantic")
+KEYS = ("TRIMTAB_API_KEY", "TRIMTAB_ADMIN_KEY")  # of the environment, which no child is to have
 POLL = 0.1  # seconds between looks at the children
 STEADY = 5.0  # seconds after which a child that dies is started at once again
 LONGEST_WAIT = 30.0
@@ -89,7 +90,13 @@ class Child:
         handed = () if self._handed is None else (self._handed,)
         out = subprocess.PIPE if self._heard else None
         self.process = subprocess.Popen(
-            self._line, stdin=subprocess.PIPE, stdout=out, pass_fds=handed, start_new_session=True, text=True
+            self._line,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            pass_fds=handed,
+            start_new_session=True,  # a terminal's signals come to this process alone
+            text=True,
+            env={name: value for name, value in os.environ.items() if name not in KEYS},
         )
         if self._given and self.process.stdin is not None:
             self.process.stdin.write(self._given + "\n")
