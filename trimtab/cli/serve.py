@@ -25,6 +25,11 @@ def command(
     admin_key: Annotated[
         str | None, typer.Option(envvar="TRIMTAB_ADMIN_KEY", help="allow adapters to be loaded, to those who show it")
     ] = None,
+    users: Annotated[int, typer.Option(min=1, max=1024, help="requests that are answered at once, at most")] = 64,
+    policy: Annotated[
+        str, typer.Option(help="who begins when: `trimtab methods --family serve` lists those that there are")
+    ] = "s-lora",
+    force: Annotated[bool, typer.Option("--force", help="take adapters that were trained on another model")] = False,
     queue: Annotated[int, typer.Option(min=0, max=100_000, help="requests that may wait; more are refused")] = 256,
     drain: Annotated[float, typer.Option(min=0, max=3600, help="seconds that texts get to end when it stops")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="threads; all cores by default")] = None,
@@ -54,10 +59,12 @@ def command(
         "--memory": memory and parse_bytes(memory, "memory"),
         "--context": context,
         "--cache": cache,
+        "--users": users,
+        "--policy": policy,
         "--queue": queue,
         "--threads": threads,
     }
     said = [part for name, value in asked.items() if value is not None for part in (name, str(value))]
-    engine = [sys.executable, "-m", "trimtab.server.worker", artifact, *said]
+    engine = [sys.executable, "-m", "trimtab.server.worker", artifact, *said, *(["--force"] if force else [])]
     settings = Settings(socket="", key=key, admin_key=admin_key, adapters=adapters, drain=drain, verbose=verbose)
     serve(settings, engine, host=host, port=port, model=artifact, json=json)

@@ -6,7 +6,7 @@ To the engine (`do`):
 |---|---|
 | `submit` | `id`, and an order, see below |
 | `cancel` | `id` |
-| `load` | `id`, `name`, `path`: another adapter may be asked for from now on |
+| `load` | `id`, `name` of a folder in the folder of adapters: it may be asked for from now on |
 | `unload` | `id`, `name` |
 | `drain` | take nothing new; the connection is closed when all is written |
 

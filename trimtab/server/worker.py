@@ -36,7 +36,7 @@ def main(args: list[str] | None = None) -> None:
         options = arguments().parse_args(args)
         Worker(options).run()
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"trimtab: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
