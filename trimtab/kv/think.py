@@ -87,13 +87,14 @@ class ThinK(Cacher):
     def store(self, keys: Tensor, values: Tensor, *, queries: Tensor) -> Pair:
         """Keys and values `[..., tokens, channels]` of a window, and queries `[..., rows, channels]`."""
         heads = queries.shape[-2] // keys.shape[-2]
-        return Pair(self._thinned(keys, self.score(keys, queries[..., -self.observed * heads :, :])), halved(values))
+        return Pair(self.thin(keys, self.score(keys, queries[..., -self.observed * heads :, :])), halved(values))
 
     def score(self, keys: Tensor, queries: Tensor) -> Tensor:
         """What leaving out each channel changes, `[..., channels]`."""
         return queries.float().norm(dim=-2) * keys.float().norm(dim=-2)
 
-    def _thinned(self, keys: Tensor, score: Tensor) -> Channels:
+    def thin(self, keys: Tensor, score: Tensor) -> Channels:
+        """Keys without the channels of the least score `[..., channels]`."""
         size = keys.shape[-1]
         if not 0 <= self.prune < 1:
             raise UserError(
