@@ -18,6 +18,7 @@ A JSON line is printed and appended to records/benchmarks/caches.jsonl.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -32,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decode import rounded
 
-WINDOW, LENGTH, TEXTS, SPAN, AT, SAMPLE = 64, 448, 6, 32, 64, 16
+WINDOW, LENGTH, TEXTS, SPAN, AT, SAMPLE = 64, 448, 3, 32, 64, 16
 SPEED = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "head_dim": 64}
 SPEED |= {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 8192}
 CONTEXT, STEPS, WIDE = 4096, 12, 512
@@ -140,15 +141,44 @@ def step(cache: Any, held: Any, tokens: Tensor) -> None:
     cache.run(held, tokens)
 
 
+def table(part: str) -> str:
+    """The last record of a part, as the table of docs/cache.md."""
+    from trimtab.catalogue import record_path
+
+    rows = [json.loads(line) for line in record_path("benchmarks", "caches").read_text("utf-8").splitlines()]
+    row = next(r for r in reversed(rows) if r["part"] == part)
+    if part == "speed":
+        lines = ["| cache | milliseconds a token | bytes held |", "|---|---|---|"]
+        for name, f in row["caches"].items():
+            lines.append(f"| {name} | {1000 * f['seconds_a_token']:.1f} | {f['held_bytes']:,.0f} |")
+        return "\n".join(lines)
+    lines = ["| cache | bytes a token | perplexity | its rise | recall, nats | its rise |", "|---|---|---|---|---|---|"]
+    for name, f in row["caches"].items():
+        if "perplexity" in f:
+            first, second = (
+                f"{f[f'{what}_rise']:+.2f} ± {f[f'{what}_half_width']:.2f}" for what in ("perplexity", "recall")
+            )
+            lines.append(
+                f"| {name} | {f['bytes_a_token']:,.0f} | {f['perplexity']:.2f} | {first} | {f['recall']:.2f} | {second} |"
+            )
+        else:
+            lines.append(f"| {name} | | | | {f['recall']:.2f} | |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--speed", action="store_true", help="measure seconds instead of quality")
     parser.add_argument("--small", action="store_true", help="little of it, to see that it runs; nothing is recorded")
+    parser.add_argument("--table", action="store_true", help="print the last record as a table; measure nothing")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
 
     from trimtab.catalogue import keep_benchmark
 
+    if asked.table:
+        print(table("speed" if asked.speed else "quality"))
+        return
     torch.set_num_threads(asked.threads)
     load = os.getloadavg()[0]
     row: dict[str, Any] = {"benchmark": "caches", "part": "speed" if asked.speed else "quality"}
