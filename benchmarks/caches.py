@@ -158,9 +158,8 @@ def table(part: str) -> str:
             first, second = (
                 f"{f[f'{what}_rise']:+.2f} ± {f[f'{what}_half_width']:.2f}" for what in ("perplexity", "recall")
             )
-            lines.append(
-                f"| {name} | {f['bytes_a_token']:,.0f} | {f['perplexity']:.2f} | {first} | {f['recall']:.2f} | {second} |"
-            )
+            cells = (f"{f['bytes_a_token']:,.0f}", f"{f['perplexity']:.2f}", first, f"{f['recall']:.2f}", second)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         else:
             lines.append(f"| {name} | | | | {f['recall']:.2f} | |")
     return "\n".join(lines)
