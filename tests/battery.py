@@ -9,6 +9,7 @@ import itertools
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from math import fsum
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from trimtab.core.modelmap import ModelMap, trace
 from trimtab.core.site import Site
 from trimtab.core.table import Row
 from trimtab.engine.merge import Piece, merged
+from trimtab.formats.cache import Projection
 from trimtab.formats.packed import Packed
 from trimtab.formats.structure import sublayer_path
 
@@ -62,7 +64,7 @@ STATISTICS = {
     "estimate": {"rng", "rate"},
     "loss": {"weak"},
     "decide": {"rng", "changes"},
-    "store": set(),
+    "store": {"queries", "inputs", "place", "first", "below", "prepared"},
     "ask": {"rng", "price", "nodes", "identity"},
     "offer": set(),
     "build": set(),
@@ -443,7 +445,7 @@ def work(level: Level, rows: int = 512, cols: int = 512, layers: int = 4, **chan
 
 
 def windows() -> dict[str, tuple[Tensor, Tensor]]:
-    """Keys and values `[..., tokens, channels]` of odd shapes and contents."""
+    """Keys and values `[..., heads, tokens, channels]` of odd shapes and contents."""
     rng = seeded(0)
 
     def pair(*shape: int) -> tuple[Tensor, Tensor]:
@@ -454,7 +456,7 @@ def windows() -> dict[str, tuple[Tensor, Tensor]]:
     return {
         "plain": pair(2, 3, 128, 64),
         "one token": pair(2, 1, 64),
-        "one channel": pair(64, 1),
+        "one channel": pair(1, 64, 1),
         "groups that divide nothing": pair(3, 45, 39),
         "numbers of 16 bits": (pair(2, 64, 32)[0].half(), pair(2, 64, 32)[1].half()),
         "a channel too large": large,
@@ -463,3 +465,22 @@ def windows() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 WINDOWS = windows()
+CACHER_FIELDS: dict[str, dict[str, Any]] = {"cskv": {"keep": 0.75}}  # random windows have no structure to be found
+
+
+def stored_by(cacher: Cacher, keys: Tensor, values: Tensor) -> Any:
+    """What a cacher stores of a window, given all that it asks for: inputs are keys and values side by side."""
+    heads = keys.shape[-3]
+    flat = [t.transpose(-2, -3).flatten(-2) for t in (keys, values)]
+    inputs, width = torch.cat(flat, -1).clamp(-65504, 65504), flat[0].shape[-1]
+    both, zeros = torch.eye(2 * width), torch.zeros(width)
+    projection = Projection(0, both[:width], both[width:], zeros, zeros, heads)
+
+    def place(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+    given = {"queries": keys, "inputs": inputs, "place": place, "first": 0, "below": None}
+    if "prepared" in cacher.needs():
+        gram = {"gram": both} if "gram" in signature(cacher.prepare).parameters else {}
+        given["prepared"] = cacher.prepare(projection, **gram)
+    return cacher.store(keys, values, **{name: given[name] for name in cacher.needs()})

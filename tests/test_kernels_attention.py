@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kernel_variants import variants
 from torch import Tensor
 
-from trimtab.engine.cache import PackedLayer
+from trimtab.engine.cache import Caching, PackedLayer
 from trimtab.formats.cache import CacheFormat
 from trimtab.kernels.attention import reference
 from trimtab.kernels.dense.make import dense_weight
@@ -227,7 +227,7 @@ def test_sequences_of_different_lengths_keep_to_themselves(module: ModuleType) -
 
 def packed_layer(form: CacheFormat) -> PackedLayer:
     """What the cache of one sequence holds, by plain torch."""
-    return PackedLayer(KIVI(form.bits, form.group, form.window), form.window)
+    return PackedLayer(Caching(KIVI(form.bits, form.group, form.window), form.window).new(), 0)
 
 
 @pytest.mark.parametrize("module", variants())

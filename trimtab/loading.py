@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from trimtab.models.artifact import Contents
 
 
+SAMPLE = (32, 256)  # texts that caches prepare themselves on, and tokens of each
+
+
 @dataclass
 class Loaded:
     """A model ready to run.
@@ -141,7 +144,8 @@ class Loaded:
             whole = self.limit(context)
             self._writer = None  # its cache makes room for the longer one
             room = self.context or min(whole, -(-context // 256) * 256)
-            self._writer = runtime.open(room, cache=self.cache, bank=self.bank)
+            given: dict[str, Any] = {} if self._compiled else {"sample": self._sample}
+            self._writer = runtime.open(room, cache=self.cache, bank=self.bank, **given)
         return self._writer
 
     def opened(self) -> Runtime | Kept:
@@ -149,8 +153,22 @@ class Loaded:
         from trimtab.engine.session import Runtime
 
         if self.runtime is None:
-            self.runtime = Runtime(self.model, self.packed, self.share, proved=self.proved)
+            plain = not self._compiled
+            self.runtime = Runtime(self.model, self.packed, self.share, plain, proved=self.proved)
         return self.runtime
+
+    @property
+    def _compiled(self) -> bool:
+        from trimtab.formats.cache import CacheFormat
+
+        return CacheFormat.parse(self.cache).compiled
+
+    def _sample(self) -> Any:
+        """Tokens `[texts, length]` of text that Python brings along, for caches that prepare themselves on some."""
+        from trimtab.tasks.text import stdlib_documents, token_blocks
+
+        length = self.limit(SAMPLE[1])
+        return token_blocks(self.tokenizer, stdlib_documents("train"), length, limit=SAMPLE[0]).tokens
 
     @property
     def engine(self) -> str:
@@ -200,17 +218,19 @@ def load(
         packed: keep packed linears packed in memory, and share what the kernels hold: least memory.
         kernels: of a model that writes no text, run sparse linears and convolutions on the compiled kernels where those
             are at least as fast, in fp32 as torch does; False: all on torch, which is what `fit` measured.
-        cache: to write text, how keys and values are stored: `fp16`, `bf16`, `fp32`, or packed by KIVI as `kivi4` or
-            `kivi2`, with a fraction of the bytes.
+        cache: to write text, how keys and values are stored: `fp16`, `bf16`, `fp32`, packed by KIVI as `kivi4` or
+            `kivi2` with a fraction of the bytes, or as a method keeps them, like `think(prune=0.4)`, on torch.
 
     Raises:
         UserError: there is nothing of that name, it is damaged, or there is no such cache.
     """
     from trimtab.formats.cache import CacheFormat
 
-    CacheFormat.parse(cache)
+    stored = CacheFormat.parse(cache)
     loaded = _load(path, model, packed, kernels)
     loaded.cache = cache
+    if not stored.compiled:
+        loaded.runtime = None  # the kernels hold no such cache
     return loaded
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.claim import Check, Claim
-from trimtab.engine.cache import cache_of
+from trimtab.engine.cache import Caching
 from trimtab.formats.cache import CacheFormat
 from trimtab.kv.kivi import KIVI
 from trimtab.tasks.build import task_for
@@ -81,7 +81,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
 
 def perplexity(model: Any, tokens: Tensor, method: KIVI | None) -> float:
     """Of windows `[n, length]`, read as a text is read when it is written on; None: all keys and values in fp16."""
-    cache = cache_of(method or KIVI(), FORM.window if method else tokens.shape[1])
+    cache = Caching(method or KIVI(), FORM.window if method else tokens.shape[1]).new()
     loss = 0.0
     for first, last in FORM.cuts(0, tokens.shape[1] - 1, FORM.window):
         logits = model(input_ids=tokens[:, first:last], past_key_values=cache, use_cache=True).logits

@@ -24,7 +24,8 @@ def command(
         bool, typer.Option("--packed/--unpacked", help="keep weights packed in memory: least memory")
     ] = True,
     cache: Annotated[
-        str, typer.Option(help="how keys and values are stored: fp16, bf16, fp32, kivi4 or kivi2")
+        str,
+        typer.Option(help="how keys and values are stored: fp16, bf16, fp32, kivi4, kivi2, or like think(prune=0.4)"),
     ] = "fp16",
     adapter: Annotated[str | None, typer.Option(help="folder of a LoRA adapter as PEFT saves it")] = None,
     force: Annotated[bool, typer.Option("--force", help="take an adapter that was trained on another model")] = False,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trimtab.core.device import Cost, Device, Work
     from trimtab.core.knob import Domain, Genome, Offered
     from trimtab.core.table import Row
-    from trimtab.formats.cache import Stored
+    from trimtab.formats.cache import Projection, Stored
     from trimtab.formats.packed import Packed
 
 FACTS = frozenset(
@@ -538,17 +538,47 @@ class Architecture(Method):
 
 
 class Cacher(Method):
-    """`store(keys, values) -> Stored`: what a cache keeps of a window of older tokens; sees no model and no queries.
+    """`store(keys, values, *, ...) -> Stored`: what a cache keeps of a window of older tokens.
 
     It has no level: what a cache takes grows with the text, and so its format is chosen when a model is run, by a text
-    like `kivi2/g32` (see `formats.cache`), whose numbers become the method's fields.
+    like `kivi2/g32` or `think(prune=0.4)` (see `formats.cache`). Its field `residual` is how many tokens a window has.
+    Keyword-only parameters, of the window:
+
+    - `queries`: of its tokens, `[..., heads of keys, rows, channels]`, token by token, a row for each head that shares
+      these keys;
+    - `inputs`: what the projections read, `[..., tokens, width]`;
+    - `place`: puts positions into keys, see `formats.cache.Place`;
+    - `first`: the position of its first token;
+    - `below`: what the layer below stored of the same tokens, or None;
+    - `prepared`: what `prepare` gave for the layer.
     """
 
     verb = "store"
 
     @abstractmethod
     def store(self, keys: Tensor, values: Tensor, **stats: Any) -> Stored:
-        """Keys and values `[..., tokens, channels]` in their stored form."""
+        """Keys and values `[..., heads, tokens, channels]` in their stored form."""
+
+    def prepare(self, projection: Projection, **stats: Any) -> Any:
+        """What is worked out once for a layer, before its first window.
+
+        Keyword-only parameters: `gram`, of what the projections read in a sample of text, `[width, width]`.
+        """
+        return projection
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """The tokens that a cache holds, as a policy sees them that decides which of them stay.
+
+    Fields:
+        surprise: nats, -log p of each token when it was read, `[texts, tokens]`; of the first token, the most of its
+            window.
+        age: windows that were read since, `[texts, tokens]`, 0 for those of the last.
+    """
+
+    surprise: Tensor
+    age: Tensor
 
 
 _VERBS = (

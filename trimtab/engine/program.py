@@ -164,7 +164,7 @@ def form_of(model: nn.Module, found: ModelMap) -> Form:
     last = [n for n in found.norms if n.path not in doors and not any(_inside(n.path, b) for b in found.blocks)]
     if len(last) > 1:
         raise Unknown(f"norms outside its blocks: {', '.join(n.path for n in last)}")
-    rotary = _rotary(model)
+    rotary = rotary_of(model)
     if rotary is None and position is None:
         raise Unknown("neither a table of positions nor rotary angles")
     attentions = list(found.attentions)
@@ -270,7 +270,7 @@ def _gate(found: ModelMap, sublayer: Sublayer, norm: Scale, config: Any) -> Gate
     return Gate(norm, inputs, output, width, "up" not in roles or "gate" in roles, ACTIVATIONS[name])
 
 
-def _rotary(model: nn.Module) -> Rotary | None:
+def rotary_of(model: nn.Module) -> Rotary | None:
     """The angles of the model's own module of them, whose outputs they must be."""
     owners = [module for module in model.modules() if "inv_freq" in dict(module.named_buffers(recurse=False))]
     if not owners:

@@ -37,6 +37,7 @@ from trimtab.kernels.native import native
 
 if TYPE_CHECKING:
     from trimtab.core.modelmap import ModelMap
+    from trimtab.engine.cache import Caching
 
 AGREE = 1e-4  # by how much of the largest logit they may differ
 ROUNDED = 5e-2  # the same where activations are rounded to 8 bits, which on a tie goes either way
@@ -133,10 +134,12 @@ class TorchSession:
         context: int,
         cache: CacheFormat | None = None,
         bank: Bank | None = None,
+        caching: Caching | None = None,
     ) -> None:
         self.model, self.forwards, self.context, self.bank = model, forwards, context, bank
-        self.cache = cache or CacheFormat()
+        self.cache, self.caching = cache or CacheFormat(), caching
         self.past: dict[int, Any] = {}
+        self.lengths: dict[int, int] = {}
         self.adapters: dict[int, str] = {}
 
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
@@ -146,21 +149,23 @@ class TorchSession:
     @torch.no_grad()
     def outputs(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
         """Logits `[tokens, vocabulary]` after each of these tokens of a sequence."""
-        past = self.past.get(sequence)
-        if past is None and self.cache.method:
-            from trimtab.engine.cache import packed_cache
-
-            past = packed_cache(self.cache)
+        past: Any = self.past.get(sequence)
+        length = self.lengths.get(sequence, 0)
         parts: list[Tensor] = []
         with lent(self.model, {**self.forwards, **self._adapted(self.adapters.get(sequence))}):
-            for first, last in self.cache.cuts(past.get_seq_length() if past else 0, len(tokens), len(tokens)):
+            if past is None and self.caching is not None:
+                past = self.caching.new()
+            for first, last in self.cache.cuts(length, len(tokens), len(tokens)):
                 ids = torch.tensor([list(tokens[first:last])])
-                out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
+                if self.caching is not None:
+                    out = self.caching.run(past, ids)
+                else:
+                    out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
                 past = out.past_key_values
                 parts.append(out.logits[0].float())
         if not parts:
             raise UserError("no tokens to go on from; give at least one")
-        self.past[sequence] = past
+        self.past[sequence], self.lengths[sequence] = past, length + len(tokens)
         return torch.cat(parts)
 
     def step(self, tokens: Mapping[int, int]) -> Tensor:
@@ -175,9 +180,11 @@ class TorchSession:
         """Drop all tokens of a sequence but the first `length`."""
         if length == 0:
             self.past.pop(sequence, None)
+            self.lengths.pop(sequence, None)
         elif sequence in self.past:
-            past = self.past[sequence]
-            past.crop(min(0, length - past.get_seq_length()))
+            past, before = self.past[sequence], self.lengths[sequence]
+            past.crop(min(0, length - before))
+            self.lengths[sequence] = min(length, before)
 
     def use(self, sequence: int, adapter: str | None) -> None:
         """From now on tokens of the sequence go through this adapter of the bank, or through none."""
@@ -287,7 +294,7 @@ class Runtime:
         self.model, self.share, self.tell = model, share, proved
         self.kernels = None if plain else native()
         self.reason = "there are no compiled kernels" if self.kernels is None else ""
-        found = map_of(model)
+        self.found = found = map_of(model)
         self.weights = Weights(self.kernels, ModuleStore(model, packed or {}), matrices_of(found))
         self.form: Form | None = None
         if self.kernels is not None:
@@ -306,6 +313,7 @@ class Runtime:
         cache: str = "fp16",
         bank: Bank | None = None,
         paged: bool = False,
+        sample: Callable[[], Tensor] | None = None,
     ) -> Writer:
         """A session: compiled where the model's form is known and the program has proved itself, else on torch.
 
@@ -318,11 +326,14 @@ class Runtime:
             bank: adapters that sequences may use.
             paged: a sequence takes memory for the tokens that it holds, and gives it back when they are forgotten;
                 whoever asks for it sees to it that all of them fit.
+            sample: gives tokens `[texts, length]` for methods of caches that prepare themselves on some.
 
         Raises:
             UserError: there is no such cache, or it does not fit into the memory that is free.
         """
         stored = CacheFormat.parse(cache)
+        if not stored.compiled:
+            return self._on_torch(context, stored, bank, sample)
         if self.form is not None:
             check_memory(self.form, self.weights, context, 1 if paged else sequences, self.proved, stored)
         if self.form is not None and not self.proved:
@@ -333,13 +344,23 @@ class Runtime:
             except Unknown as unknown:
                 self._refuse(unknown)
         if self.form is None:
-            for path, matrix in self.weights.matrices.items():
-                if self.weights.is_packed(path) and matrix.kind != "embedding":
-                    self.weights.get((path,))
-            return TorchSession(self.model, self.weights.forwards(self.model), context, stored, bank)
+            return self._on_torch(context, stored, bank, sample)
         if self.share:
             give_way(self.model, self.weights)
         return _session(self.form, self.weights, context, sequences, chunk, stored, bank, paged)
+
+    def _on_torch(
+        self, context: int, stored: CacheFormat, bank: Bank | None, sample: Callable[[], Tensor] | None
+    ) -> Writer:
+        for path, matrix in self.weights.matrices.items():
+            if self.weights.is_packed(path) and matrix.kind != "embedding":
+                self.weights.get((path,))
+        caching = None
+        if (keeper := stored.worker()) is not None:
+            from trimtab.engine.cache import Caching
+
+            caching = Caching(keeper, stored.window, self.model, self.found, sample)
+        return TorchSession(self.model, self.weights.forwards(self.model), context, stored, bank, caching)
 
     def bank(self, most: int = MOST) -> Bank:
         """A place for adapters of this model."""

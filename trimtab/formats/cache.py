@@ -6,20 +6,24 @@
 | `kivi2`, `kivi4` | codes of 2 or 4 bits, a step and a lowest value in fp16 a group of 32; the newest tokens in fp16 |
 | `kivi2/g64` | the same with groups of 64 |
 | `kivi2/g32/r256` | the same, packed 256 tokens at a time in place of 128 |
+| `think(prune=0.4)` | what that method of caches keeps, with its fields as in a plan; on torch |
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.level import DENSE_BITS
+from trimtab.core.method import Method, discover, method
+from trimtab.core.plan import parse_method
 from trimtab.formats.bitstream import pack_bits, unpack_bits
 
 BLOCK = 64  # tokens that the kernels take together: a cache has room for whole blocks
@@ -38,6 +42,7 @@ class CacheFormat:
         window: tokens that are packed together, once all of them are there and another one comes. What a token sees
             therefore depends on its position alone, however a text was cut into steps: the windows before its own
             packed, its own as floats.
+        keeper: the method with its fields, where the text names one that only torch carries out.
     """
 
     dtype: str = "fp16"
@@ -45,6 +50,7 @@ class CacheFormat:
     bits: int = 0
     group: int = 0
     window: int = 0
+    keeper: Method | None = None
 
     @staticmethod
     def parse(text: str) -> CacheFormat:
@@ -55,22 +61,45 @@ class CacheFormat:
 
         >>> str(CacheFormat.parse("kivi2")), CacheFormat.parse("kivi4/g64").group
         ('kivi2/g32', 64)
+        >>> str(CacheFormat.parse("think(prune=0.25)"))
+        'think(prune=0.25)'
         """
         if text in DENSE_BITS:
             return CacheFormat(text)
+        if re.fullmatch(r"[a-z-]+|[a-z-]+\(.*\)", text, re.DOTALL) and text.partition("(")[0] in _keepers():
+            keeper = parse_method(text)
+            window = keeper.residual  # type: ignore[attr-defined]
+            if not isinstance(window, int) or window < 1:
+                raise UserError(f"the cache {text} has windows of {window} tokens; a window has a whole number of them")
+            return CacheFormat("fp16", keeper.card.name, window=window, keeper=keeper)
         match = _PACKED.fullmatch(text)
         window = int(match["window"] or 128) if match else 0
         if match is None or window % BLOCK or not window:
             raise UserError(
                 f"unknown cache {text[:40]!r}; a cache is fp16, bf16, fp32, kivi4 or kivi2, or like kivi2/g64/r256 "
-                f"with groups of 32 or 64 and a window of a multiple of {BLOCK} tokens"
+                f"with groups of 32 or 64 and a window of a multiple of {BLOCK} tokens, or a method with fields, like "
+                f"think(prune=0.4): {', '.join(_keepers())}"
             )
         return CacheFormat("fp16", match["method"], int(match["bits"]), int(match["group"] or 32), window)
 
     def __str__(self) -> str:
+        if self.keeper is not None:
+            fields = ", ".join(f"{name}={value!r}" for name, value in self.keeper.config().items())
+            return f"{self.method}({fields})" if fields else self.method
         if not self.method:
             return self.dtype
         return f"{self.method}{self.bits}/g{self.group}" + (f"/r{self.window}" if self.window != 128 else "")
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled kernels hold such a cache."""
+        return self.keeper is None
+
+    def worker(self) -> Method | None:
+        """The method with its fields; None where nothing is packed."""
+        if self.keeper is not None or not self.method:
+            return self.keeper
+        return method(self.method, bits=self.bits, group=self.group, residual=self.window)
 
     def bytes(self, heads: int, size: int, context: int, sequences: int = 1) -> int:
         """Exact bytes of the cache of one layer, as the compiled kernels hold it.
@@ -149,12 +178,52 @@ class Coded:
         return x.transpose(-1, -2) if self.transposed else x
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Keys and values of some tokens, as a method stores them."""
+class Part(Protocol):
+    """Keys or values of a window in some stored form."""
 
-    keys: Coded
-    values: Coded
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+
+    def dense(self) -> Tensor:
+        """The original's stand-in, fp32."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A tensor in 16 bits."""
+
+    half: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return 2 * self.half.numel()
+
+    def dense(self) -> Tensor:
+        """The original's stand-in, fp32."""
+        return self.half.float()
+
+
+class Stored(Protocol):
+    """What a method keeps of a window. One that has `read`, too, says which tokens a query reads:
+    `read(queries [..., rows, channels]) -> Reading`.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[..., tokens, channels]`, fp32."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Keys and values of some tokens, each stored on its own."""
+
+    keys: Part
+    values: Part
 
     @property
     def nbytes(self) -> int:
@@ -164,3 +233,76 @@ class Stored:
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[..., tokens, channels]`, fp32."""
         return self.keys.dense(), self.values.dense()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens that queries read.
+
+    Fields:
+        taken: bool `[..., rows, tokens]`.
+        visits: of how many tokens a key was looked at, `[..., rows]`; all that are taken are among them.
+    """
+
+    taken: Tensor
+    visits: Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How a layer makes keys and values of what it reads: k = W_k x + b_k before positions are in it, v = W_v x + b_v.
+
+    Fields:
+        layer: which, from 0 on.
+        key, value: W_k and W_v `[channels of all heads, width]`, fp32.
+        key_bias, value_bias: b_k and b_v; zeros where there are none.
+        heads: of keys, and of values.
+    """
+
+    layer: int
+    key: Tensor
+    value: Tensor
+    key_bias: Tensor
+    value_bias: Tensor
+    heads: int
+
+
+Place = Callable[[Tensor], Tensor]
+"""From keys `[..., tokens, channels of all heads]` before positions to those of a cache, `[..., heads, tokens, n]`."""
+
+
+@dataclass(frozen=True)
+class Remade:
+    """Keys and values that are made anew from what is stored of a layer's inputs.
+
+    Fields:
+        parts: what is stored, each `[..., tokens, channels]`.
+        key, value: which of the parts keys and values are made of.
+        key_map, value_map: matrices `[channels of all heads, channels of the part]`.
+        projection: whose biases and heads these are.
+        place: puts the window's positions into keys.
+    """
+
+    parts: tuple[Part, ...]
+    key: int
+    value: int
+    key_map: Tensor
+    value_map: Tensor
+    projection: Projection
+    place: Place
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored; the matrices are the layer's, not the window's."""
+        return sum(part.nbytes for part in self.parts)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[..., tokens, channels]`, fp32."""
+        read = [part.dense() for part in self.parts]
+        keys = read[self.key] @ self.key_map.T + self.projection.key_bias
+        values = read[self.value] @ self.value_map.T + self.projection.value_bias
+        return self.place(keys), values.unflatten(-1, (self.projection.heads, -1)).transpose(-2, -3)
+
+
+def _keepers() -> list[str]:
+    return sorted(name for name, cls in discover().items() if cls.family() == "kv")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from trimtab.core.errors import UserError
 from trimtab.core.method import Cacher, Card
-from trimtab.formats.cache import Coded, Stored
+from trimtab.formats.cache import Pair
+from trimtab.parts.cache_grid import rounded
 
 Axis = Literal["channel", "token"]
 
@@ -39,6 +38,7 @@ class KIVI(Cacher):
         as they are stored, where the paper's first pass sees all of a prompt exactly: the same text then gives the same
         outputs, however it was cut. z and s are rounded to 16 bits before codes are chosen against them.
 
+    >>> import torch
     >>> keys, values = torch.randn(2, 128, 64, generator=torch.Generator().manual_seed(0)).unbind()
     >>> stored = KIVI(bits=4).store(keys, values)
     >>> stored.nbytes, [bool((a - b).abs().max() < 0.3) for a, b in zip(stored.dense(), (keys, values))]
@@ -62,22 +62,8 @@ class KIVI(Cacher):
         kinds=frozenset({"kv"}),
     )
 
-    def store(self, keys: Tensor, values: Tensor) -> Stored:
+    def store(self, keys: Tensor, values: Tensor) -> Pair:
         """Keys and values `[..., tokens, channels]` of whole windows."""
-        if not (1 <= self.bits <= 8 and self.group >= 1):
-            found = f"bits={self.bits} and group={self.group} for keys {list(keys.shape)}"
-            raise UserError(f"kivi was given {found}; bits are 1 to 8, and a group has at least one member")
-        return Stored(self._coded(keys, self.key_axis), self._coded(values, self.value_axis))
-
-    def _coded(self, x: Tensor, axis: Axis) -> Coded:
-        x = x.float().transpose(-1, -2) if axis == "channel" else x.float()
-        cols, top = x.shape[-1], float((1 << self.bits) - 1)
-        padded = torch.arange(-(-cols // self.group) * self.group).clamp_max(
-            cols - 1
-        )  # repeats the last of a short group
-        groups = x[..., padded].unflatten(-1, (-1, self.group))
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        step, low = (t.clamp(-65504, 65504).half().float() for t in ((high - low) / top, low))
-        codes = ((groups - low) / torch.where(step == 0, 1.0, step)).clamp(0, top).round()
-        codes = codes.flatten(-2)[..., :cols]
-        return Coded.of(codes, self.bits, self.group, step.squeeze(-1), low.squeeze(-1), axis == "channel")
+        by_channel = [axis == "channel" for axis in (self.key_axis, self.value_axis)]
+        pairs = zip((keys, values), by_channel, strict=True)
+        return Pair(*(rounded(x, self.bits, self.group, across) for x, across in pairs))
