@@ -69,7 +69,7 @@ class LongContextPeak(Pricer):
     >>> work = Work((Product(Dense("bf16"), 1000, 1000),) * 20, (Heads(8, 8, 64),) * 20, tokens=4000)
     >>> found = LongContextPeak().effects(work, device)
     >>> found.cache_bytes, found.users, round(found.decode, 5), round(found.switch, 4)
-    (163840000, 52, 0.0051, 0.0164)
+    (163840000, 52, 0.0051, 0.0328)
     """
 
     cache: str = "fp16"
@@ -104,7 +104,7 @@ class LongContextPeak(Pricer):
         one = replace(work, batch=1, context=0)
         cache = cached_bytes(one, CacheFormat.parse(self.cache), work.tokens)
         memory, weights = self.memory or device.memory_bytes, work.weight_bytes + work.idle_bytes
-        link = self.link or device.limits.get("copy", 0.0)
+        link = self.link or device.limits.get("copy", 0.0) / 2  # what is read and what is written both count there
         if link <= 0:
             raise UserError(f"the profile of {device.name} has no speed of copying; set `link` to bytes a second")
         if memory < weights:
