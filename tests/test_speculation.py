@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_serving import CONTEXT, PLACES, ROWS, Bench, orders, run, written
 from test_session import BASE, MODELS, compiled, make, packed_at
 
 import trimtab
 from trimtab.core.errors import UserError
-from trimtab.core.method import Drafter
+from trimtab.core.method import Drafter, method
 from trimtab.core.view import Drafting
-from trimtab.engine.drawing import probabilities
+from trimtab.distill.osd import OSD
+from trimtab.engine.books import Books, replay
+from trimtab.engine.drawing import drawn, probabilities
 from trimtab.engine.session import Runtime, Writer, generate
-from trimtab.engine.speculation import Speculation, check_vocabulary, judge, speculate
+from trimtab.engine.speculation import Learner, Speculation, Tally, check_vocabulary, judge, speculate
 from trimtab.kernels.native import native
 from trimtab.serve.adaptive_drafting import AdaptiveDrafting
 from trimtab.serve.speculative_decoding import SpeculativeDecoding
@@ -159,15 +163,15 @@ def test_a_text_ends_at_its_stop_token_and_leaves_no_trace() -> None:
 
 
 def test_the_rule_of_acceptance_keeps_the_targets_distribution() -> None:
-    """Chi-square of the first and the second token over 8000 draws; a rule that takes all it is offered fails it."""
+    """Chi-square of the first and the second token over 3000 draws; a rule that takes all it is offered fails it."""
     rng = np.random.default_rng(0)
     targets = 1.5 * rng.standard_normal((3, 12))
     drafts = targets[:2] + rng.standard_normal((2, 12))
     for top_p in (1.0, 0.8):
         p, q = ([probabilities(row, 0.9, top_p) for row in rows] for rows in (targets, drafts))
         counts, taken, second = np.zeros(12), np.zeros(12), np.zeros(12)
-        for _ in range(8000):
-            proposed = [int(rng.choice(12, p=shares)) for shares in q]
+        for _ in range(3000):
+            proposed = [drawn(shares, rng) for shares in q]
             tokens = judge(targets, proposed, q, rng, 0.9, top_p)
             counts[tokens[0]] += 1
             taken[proposed[0]] += 1
@@ -175,9 +179,9 @@ def test_the_rule_of_acceptance_keeps_the_targets_distribution() -> None:
                 second[tokens[1]] += 1
         assert chi_square(counts, p[0]) < 4 and chi_square(second, p[1]) < 4
         assert not counts[p[0] == 0].any()
-        assert chi_square(taken, p[0]) > 20
+        assert chi_square(taken, p[0]) > 8
         expected = np.minimum(p[0], q[0]).sum()
-        assert second.sum() / counts.sum() == pytest.approx(expected, abs=0.02), "theorem 3.5: 1 - the distance"
+        assert second.sum() / counts.sum() == pytest.approx(expected, abs=0.03), "theorem 3.5: 1 - the distance"
 
 
 @compiled
@@ -248,3 +252,72 @@ def test_run_takes_a_draft(cli: Any) -> None:
     assert said.code == 2 and "without --draft" in said.err
     said = cli("run", "pocket", "--prompt", "x", "--draft", "pocket-cnn")
     assert said.code == 2 and "is for classification" in said.err
+
+
+# ---- served
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["itself", "another"])
+def test_requests_served_with_a_draft_get_what_they_get_alone(kind: str) -> None:
+    """With adapters, which the draft does not know, and requests that come while others write."""
+    bench, trace = Bench(), []
+    service = bench.service("s-lora", trace=trace)
+    sizes: dict[str, Any] = {"sequences": PLACES, "chunk": ROWS, "cache": "fp32", "paged": True}
+    other = bench.runtime if kind == "itself" else Runtime(make("LlamaForCausalLM", SMALLER))
+    service.ahead = ahead(other.open(CONTEXT, **sizes), Whatever(0, 4))
+    asked = [replace(order, temperature=0.0) for order in orders(12)]
+    numbers = [service.submit(order) for order in asked[:7]]
+    books = dict(service.open)
+    events = [event for _ in range(9) for event in service.tick()]
+    numbers += [service.submit(order) for order in asked[7:]]
+    books |= service.open
+    events += run(service)
+    found = written(events)
+    assert [found[number] for number in numbers] == [bench.alone(order) for order in asked]
+    tally = service.ahead.tally
+    plain = [book.drafts for book in books.values() if book.order.adapter is None]
+    assert tally.drafted > 50 and sum(drafts.drafted for drafts in plain) > 10
+    if kind == "itself":
+        assert all(drafts.accepted == drafts.drafted for drafts in plain)
+    assert sum(book.drafts.accepted for book in books.values()) == tally.accepted
+    assert not service.ahead.held and sorted(service.places) == list(range(PLACES)) and not service.books.running
+    again = Books(method("s-lora"), ROWS, PLACES, service.books.pool, service.books.pages)
+    assert replay(trace, again) == [happened.decision for happened in trace]
+
+
+# ---- learning while it serves
+
+
+def test_a_draft_learns_what_the_target_corrected() -> None:
+    target = Runtime(make("LlamaForCausalLM", BASE), plain=True)
+    module = make("LlamaForCausalLM", SMALLER)
+    objective = OSD()
+
+    def reopen() -> Writer:
+        return Runtime(module, plain=True).open(64)
+
+    learner = Learner(module, objective, reopen, rate=3e-3, interval=3, passes=4)
+    writer, speculation = target.open(64), ahead(reopen(), SpeculativeDecoding(tokens=3), listener=learner)
+    expected = list(generate(target.open(64), PROMPT, 30))
+    rates = []
+    for _ in range(24):
+        speculation.tally = Tally()
+        assert list(speculate(writer, speculation, PROMPT, 30)) == expected
+        rates.append(speculation.tally.rate)
+    assert rates[0] == rates[2] and rates[-1] > rates[0] + 0.5, "the same until it learns, then nearly always right"
+    assert 1 < learner.updates <= 8 and not learner.heard and not any(p.requires_grad for p in module.parameters())
+
+
+def test_the_divergences_of_osd() -> None:
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]), torch.tensor([[0.2, 0.2, 0.6], [0.1, 0.7, 0.2]])
+
+    def kl(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a * (a / b).log()).sum(1).mean())
+
+    m = (p + q) / 2
+    expected = {"forward": kl(p, q), "reverse": kl(q, p), "jsd": (kl(p, m) + kl(q, m)) / 2}
+    for divergence, value in expected.items():
+        assert float(OSD(divergence).loss(q.log() + 3, p.log() - 1, None)) == pytest.approx(value, rel=1e-5)
+    with pytest.raises(UserError, match="asked for the divergence 'sideways'"):
+        OSD("sideways").loss(q, p, None)

@@ -174,7 +174,7 @@ class Loaded:
         assert self.draft is not None
         draft, policy = self.draft
         writer, own = draft.writer(draft.limit(context)), self.opened()
-        vocabulary = own.form.vocabulary if own.form is not None else self.model.config.vocab_size
+        vocabulary = own.form.vocabulary if own.form is not None else int(self.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
         return Speculation(writer, policy, vocabulary=vocabulary, cost=relative_cost(draft.opened(), own))
 
     def writer(self, context: int) -> Writer:

@@ -367,7 +367,7 @@ class Policy(Method):
 
 
 class Drafter(Policy):
-    """`decide(view) -> int`: how many tokens a draft proposes before the target's next step, by a `core.view.Drafting`."""
+    """`decide(view) -> int`: how many tokens a draft proposes before a step of the target; see `core.view.Drafting`."""
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.method import Drafter
+from trimtab.core.method import Drafter, Objective
 from trimtab.core.view import Drafting
 from trimtab.engine.drawing import draw, drawn, probabilities
 from trimtab.engine.session import Timing, Writer
@@ -244,6 +246,64 @@ class Speculation:
         self.past.setdefault(sequence, deque(maxlen=PAST)).append((went.drafted, went.accepted))
         self.tally.add(went)
         return went
+
+
+class Learner:
+    """A draft's module, distilled while it serves from what the target corrected: the loss is taken where a proposed
+    token was refused, against the distribution that the target had there.
+
+    Args:
+        module: the draft; gives `logits` for `input_ids`.
+        objective: the loss, of logits `[corrections, vocabulary]` of either.
+        reopen: a writer of the module as it then is.
+        rate: of AdamW, which takes a step for each text of the buffer.
+        interval: texts from one learning to the next, after which the buffer is empty.
+        passes: over the buffer.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        reopen: Callable[[], Writer],
+        *,
+        rate: float,
+        interval: int,
+        passes: int = 1,
+    ) -> None:
+        self.module, self.objective, self.reopen = module, objective, reopen
+        self.interval, self.passes = interval, passes
+        self.optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0)
+        self.heard: dict[int, list[tuple[int, Tensor]]] = {}
+        self.buffer: list[tuple[list[int], list[tuple[int, Tensor]]]] = []
+        self.texts = self.updates = 0
+
+    def corrected(self, sequence: int, position: int, logits: np.ndarray) -> None:
+        """Keep the target's logits after the first `position` tokens of a text."""
+        self.heard.setdefault(sequence, []).append((position, torch.from_numpy(logits)))
+
+    def ended(self, sequence: int, tokens: Sequence[int]) -> Writer | None:
+        """Put a text into the buffer, and learn where it is time; the draft as it then is."""
+        if found := self.heard.pop(sequence, None):
+            self.buffer.append((list(tokens), found))
+        self.texts += 1
+        if self.texts % self.interval or not self.buffer:
+            return None
+        self._learn()
+        return self.reopen()
+
+    def _learn(self) -> None:
+        self.module.requires_grad_(True)
+        for tokens, found in self.buffer * self.passes:
+            places = torch.tensor([position - 1 for position, _ in found])
+            own = self.module(input_ids=torch.tensor([tokens])).logits[0, places].float()
+            theirs = torch.stack([logits for _, logits in found])[:, : own.shape[1]]
+            loss = self.objective.loss(own[:, : theirs.shape[1]], theirs, None)
+            self.optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimiser.step()
+        self.module.requires_grad_(False)
+        self.buffer, self.updates = [], self.updates + 1
 
 
 def speculate(
