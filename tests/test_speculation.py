@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_serving import CONTEXT, PLACES, ROWS, Bench, orders, run, written
 from test_session import BASE, MODELS, compiled, make, packed_at
+from test_worker import Client, worker
 
 import trimtab
 from trimtab.core.errors import UserError
@@ -26,6 +28,7 @@ from trimtab.engine.speculation import Learner, Speculation, Tally, check_vocabu
 from trimtab.kernels.native import native
 from trimtab.serve.adaptive_drafting import AdaptiveDrafting
 from trimtab.serve.speculative_decoding import SpeculativeDecoding
+from trimtab.server.worker import main
 
 PROMPT = [5, 17, 3, 88, 41, 2, 60]
 SMALLER = BASE | {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 40}
@@ -284,6 +287,36 @@ def test_requests_served_with_a_draft_get_what_they_get_alone(kind: str) -> None
     assert not service.ahead.held and sorted(service.places) == list(range(PLACES)) and not service.books.running
     again = Books(method("s-lora"), ROWS, PLACES, service.books.pool, service.books.pages)
     assert replay(trace, again) == [happened.decision for happened in trace]
+
+
+@compiled
+def test_a_worker_serves_with_a_draft(tmp_path: Path) -> None:
+    prompt = [5, 6, 7]
+    expected = list(generate(trimtab.load("pocket").writer(64), prompt, 20))
+    with worker(tmp_path, "--draft", "pocket", "--draft-tokens", 3) as (_, path):
+        client = Client(path)
+        assert client.ask("a", *prompt, limit=20) == expected
+        state = client.next("state")
+        while state["running"]:
+            state = client.next("state")
+        assert state["drafted"] >= state["accepted"] >= 14 and state["pages"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--draft-tokens", "3"], "without --draft"),
+        (["--draft", "pocket", "--draft-tokens", "0"], "give 1 or more"),
+        (["--draft", "pocket-cnn"], "is for classification"),
+        (["--policy", "adaptive-drafting"], "is no policy of serving"),
+    ],
+)
+def test_a_worker_says_what_is_wrong_with_a_draft(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["pocket", "--socket", str(tmp_path / "engine"), *options])
+    assert caught.value.code == 2 and said in capsys.readouterr().err
 
 
 # ---- learning while it serves
