@@ -14,9 +14,8 @@ CLAIM = Claim(
     method="osd",
     statement="A draft that learns from what the target corrects is accepted more often than the same draft frozen, "
     "and recovers after each change of topic; the texts stay the target's own.",
-    source="Liu et al. 2023, arXiv:2310.07177, sections 5.1 and 5.2, figures 4 and 5",
-    figure="acceptance rises by 0.1 to 0.65 on four data sets; after a change of topic it falls and is back within "
-    "some hundred prompts",
+    source="Liu et al. 2023, arXiv:2310.07177, abstract",
+    figure="the acceptance rate rises by 0.1 to 0.65, which takes 1.42 to 2.17 times off the latency",
     setting="The shipped language model as the target; a draft of one block of width 128, distilled before on "
     f"{STEPS * WINDOWS} windows of code that the target knows. {3 * TURN} prompts of {PROMPT} tokens: {TURN} each of "
     f"code, of English prose and of tables of numbers, which go on for {TEXT} tokens, {DRAFTED} drafted at a time, the "

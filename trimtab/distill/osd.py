@@ -24,11 +24,11 @@ class OSD(Objective):
     Learner` does that.
 
     Args:
-        divergence: `forward`, `reverse` or `jsd` (paper: forward, where the target samples).
-        interval: texts from one update to the next (paper's scripts: 1).
-        rate: of AdamW (paper's scripts: 1e-5, for a draft of 160 million parameters).
+        divergence: `forward`, `reverse` or `jsd`; the paper compares them.
+        interval: texts from one update to the next (the authors' scripts: 1).
+        rate: of AdamW (the authors' scripts: 1e-5, for a draft of 160 million parameters).
 
-    Reference: Liu et al. 2023, arXiv:2310.07177, sections 4.1 and 4.2, algorithm 1.
+    Reference: Liu et al. 2023, arXiv:2310.07177, section 4, algorithm 1.
     Departures: one draft for all prompts; the paper's routing to one of several, by topic, is left out.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])

@@ -51,7 +51,8 @@ class Went:
     Fields:
         tokens: those that were accepted, and one of the target's own.
         drafted: how many were proposed.
-        logits: the target's, `[tokens, vocabulary]`, from which each was taken or checked.
+        logits: the target's, `[tokens, vocabulary]`, from which each was taken or checked; they hold until the
+            next step.
     """
 
     tokens: list[int]
@@ -183,7 +184,7 @@ class Speculation:
             first += len(rows)
             ahead = proposed.get(sequence, [])
             tokens = judge(rows, ahead, shares.get(sequence, ()), text.rng, text.temperature, text.top_p)
-            found[sequence] = self._settle(target, sequence, text, Went(tokens, len(ahead), rows[: len(tokens)].copy()))
+            found[sequence] = self._settle(target, sequence, text, Went(tokens, len(ahead), rows[: len(tokens)]))
         return found
 
     def forget(self, sequence: int, tokens: Sequence[int] = ()) -> None:
@@ -280,7 +281,7 @@ class Learner:
 
     def corrected(self, sequence: int, position: int, logits: np.ndarray) -> None:
         """Keep the target's logits after the first `position` tokens of a text."""
-        self.heard.setdefault(sequence, []).append((position, torch.from_numpy(logits)))
+        self.heard.setdefault(sequence, []).append((position, torch.from_numpy(logits.copy())))
 
     def ended(self, sequence: int, tokens: Sequence[int]) -> Writer | None:
         """Put a text into the buffer, and learn where it is time; the draft as it then is."""
