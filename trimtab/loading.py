@@ -16,9 +16,11 @@ from trimtab.core.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from trimtab.core.method import Drafter
     from trimtab.engine.adapters import Bank
     from trimtab.engine.program import Form
     from trimtab.engine.session import Kept, Runtime, Timing, Writer
+    from trimtab.engine.speculation import Speculation, Tally
     from trimtab.formats.packed import Packed
     from trimtab.models.artifact import Contents
 
@@ -46,6 +48,8 @@ class Loaded:
         bank: its adapters, or None.
         hashes: those of its weights, and of the model that it was fitted from: an adapter of either fits.
         folder: where its configuration and tokenizer are, or None.
+        draft: a model that writes ahead, and how far, see `use_draft`; None: no one does.
+        tally: what the draft of the last text came to.
     """
 
     make: Callable[[], nn.Module]
@@ -63,6 +67,8 @@ class Loaded:
     bank: Bank | None = None
     hashes: Callable[[], Collection[str]] = tuple
     folder: Path | None = None
+    draft: tuple[Loaded, Drafter] | None = None
+    tally: Tally | None = None
     _writer: Writer | None = None
 
     @cached_property
@@ -90,6 +96,7 @@ class Loaded:
             UserError: the model writes no text, the prompt is empty or too long, or there is no such adapter.
         """
         from trimtab.engine.session import Kept, Timing, generate
+        from trimtab.engine.speculation import speculate
 
         if isinstance(self.runtime, Kept):
             with ThreadPoolExecutor(1) as pool:
@@ -103,9 +110,14 @@ class Loaded:
         self.timing = Timing()
         writer = self.writer(limit)
         writer.use(0, adapter)
-        for token in generate(
-            writer, ids, limit - len(ids), stop=stop, temperature=temperature, seed=seed, timing=self.timing
-        ):
+        options = {"stop": stop, "temperature": temperature, "seed": seed, "timing": self.timing}
+        if self.draft is None:
+            written = generate(writer, ids, limit - len(ids), **options)  # type: ignore[arg-type]
+        else:
+            ahead = self._speculation(limit)
+            self.tally = ahead.tally
+            written = speculate(writer, ahead, ids, limit - len(ids), **options)  # type: ignore[arg-type]
+        for token in written:
             new.append(token)
             said, text = self.tokenizer.decode(new[shown:known]), self.tokenizer.decode(new[shown:])
             if not text.endswith("\ufffd"):
@@ -136,6 +148,37 @@ class Loaded:
         if self.bank is None:
             self.bank, self._writer = self.opened().bank(), None
         self.bank.add(name, adapter)
+
+    def use_draft(self, draft: Loaded, policy: Drafter) -> None:
+        """From now on another model writes a few tokens ahead, and this one checks them together: its own text, in
+        fewer steps.
+
+        Args:
+            draft: a smaller model with the same tokenizer.
+            policy: how many tokens it writes ahead.
+
+        Raises:
+            UserError: it is no language model, or has another tokenizer.
+        """
+        from trimtab.engine.speculation import check_vocabulary
+
+        for loaded in (self, draft):
+            if loaded.task != "causal-lm" or loaded.tokenizer is None:
+                raise UserError(
+                    f"{loaded.name} is for {loaded.task} or has no tokenizer; a draft and the model that it writes for "
+                    "are causal language models with one"
+                )
+        check_vocabulary(draft.tokenizer.get_vocab(), self.tokenizer.get_vocab(), draft.name)
+        self.draft = draft, policy
+
+    def _speculation(self, context: int) -> Speculation:
+        from trimtab.engine.speculation import Speculation, relative_cost
+
+        assert self.draft is not None
+        draft, policy = self.draft
+        writer, own = draft.writer(draft.limit(context)), self.opened()
+        vocabulary = own.form.vocabulary if own.form is not None else int(self.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+        return Speculation(writer, policy, vocabulary=vocabulary, cost=relative_cost(draft.opened(), own))
 
     def writer(self, context: int) -> Writer:
         """What writes text of up to so many tokens; made when it is first asked for, and again for a longer text."""

@@ -29,6 +29,13 @@ def command(
     ] = "fp16",
     adapter: Annotated[str | None, typer.Option(help="folder of a LoRA adapter as PEFT saves it")] = None,
     force: Annotated[bool, typer.Option("--force", help="take an adapter that was trained on another model")] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="a smaller model with the same tokenizer that writes ahead: the same text, sooner"),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, max=15, help="so many at a time; as the acceptance rate has it by default")
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Load and run it here."""
@@ -37,9 +44,13 @@ def command(
 
     import torch
 
+    from trimtab.core.errors import UserError
+    from trimtab.core.method import Drafter, method
     from trimtab.kernels.native import native
     from trimtab.loading import load
 
+    if draft is None and draft_tokens is not None:
+        raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
     start = time.perf_counter()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -51,6 +62,13 @@ def command(
         print(note, file=sys.stderr)
     if adapter is not None:
         loaded.add_adapter("adapter", adapter, force=force)
+    if draft is not None:
+        ahead = load(draft, packed=packed)
+        ahead.share, ahead.context = packed, context
+        fixed = {} if draft_tokens is None else {"tokens": draft_tokens}
+        policy = method("speculative-decoding" if fixed else "adaptive-drafting", **fixed)
+        assert isinstance(policy, Drafter)
+        loaded.use_draft(ahead, policy)
     ready = time.perf_counter()
     text = ""
     name = None if adapter is None else "adapter"
@@ -60,18 +78,24 @@ def command(
         text += piece
     done = loaded.timing
     assert done is not None
-    speed = {
+    prefill = done.prompt / max(done.prefill, 1e-9)
+    speed: dict[str, object] = {
         "prompt_tokens": done.prompt,
         "tokens": done.tokens,
-        "prefill_tokens_per_second": done.prompt / max(done.prefill, 1e-9),
+        "prefill_tokens_per_second": prefill,
         "decode_tokens_per_second": (done.tokens - 1) / done.decode if done.decode else None,
         "engine": loaded.engine,
     }
+    if (tally := loaded.tally) is not None:
+        counts = {"steps": tally.steps, "drafted": tally.drafted, "accepted": tally.accepted}
+        speed["draft"] = counts | {"tokens_per_step": tally.per_step}
     if json:
         seconds = time.perf_counter() - ready
         o.print_json({"prompt": prompt, "text": text, "load_seconds": ready - start, "seconds": seconds, **speed})
         return
     print()
     rest = f", {done.tokens - 1} more at {(done.tokens - 1) / done.decode:.1f}/s" if done.decode else ""
-    first = f"{done.prompt} tokens of prompt at {speed['prefill_tokens_per_second']:.1f}/s"
+    first = f"{done.prompt} tokens of prompt at {prefill:.1f}/s"
+    if tally is not None:
+        rest += f", {tally.per_step:.2f} a step as {tally.accepted} of {tally.drafted} drafted ones were accepted"
     print(f"{first}{rest}; {loaded.engine}", file=sys.stderr)

@@ -366,6 +366,10 @@ class Policy(Method):
         """What to do next."""
 
 
+class Drafter(Policy):
+    """`decide(view) -> int`: how many tokens a draft proposes before a step of the target; see `core.view.Drafting`."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """A genome that was evaluated.

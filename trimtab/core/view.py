@@ -34,3 +34,18 @@ class Turn:
     steps: int
     layers: tuple[Layer, ...]
     active: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """A text, before a draft writes ahead of it.
+
+    Fields:
+        room: tokens that there is room for.
+        past: of each of the text's last steps how many tokens were proposed, and how many accepted; newest last.
+        cost: of a step of the draft, as a share of the target's.
+    """
+
+    room: int
+    past: tuple[tuple[int, int], ...] = ()
+    cost: float = 0.1

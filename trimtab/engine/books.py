@@ -25,6 +25,7 @@ class Happened:
         brought: adapters that are in the pool from now on, and those that could not be read.
         removed: adapters that are there no more.
         known: adapter -> bytes, of all that could be there.
+        drafted: tokens that requests got in the tick before besides their next one, for a draft had them right.
     """
 
     tick: int
@@ -34,6 +35,7 @@ class Happened:
     removed: tuple[str, ...]
     known: Mapping[str, int]
     decision: Decision
+    drafted: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Books:
     _left: list[int] = field(default_factory=list)
     _brought: list[tuple[str, bool]] = field(default_factory=list)
     _removed: list[str] = field(default_factory=list)
+    _drafted: dict[int, int] = field(default_factory=dict)
     _next: int = 0
 
     def arrive(self, prompt: int, limit: int, adapter: str | None = None) -> int:
@@ -124,9 +127,17 @@ class Books:
         if self.trace is not None:
             arrived, left, brought = tuple(self._arrived), tuple(self._left), tuple(self._brought)
             outside = (arrived, left, brought, tuple(self._removed), view.known)
-            self.trace.append(Happened(self.tick, *outside, decision))
+            self.trace.append(Happened(self.tick, *outside, decision, self._drafted))
+        self._drafted = {}
         self._arrived, self._left, self._brought, self._removed = [], [], [], []
         return decision
+
+    def accept(self, drafted: Mapping[int, int]) -> None:
+        """A draft had so many tokens right that requests wrote, besides those that every step takes."""
+        self._drafted = {number: count for number, count in drafted.items() if count}
+        for number, count in self._drafted.items():
+            request = self.running[number]
+            self.running[number] = replace(request, done=request.done + count)
 
     def advance(self, taken: Mapping[int, int]) -> None:
         """A step has taken so many tokens of each of these requests."""
@@ -190,6 +201,7 @@ def replay(trace: Iterable[Happened], books: Books) -> list[Decision]:
     decisions = []
     for happened in trace:
         books.known = dict(happened.known)
+        books.accept({number: n for number, n in happened.drafted.items() if number in books.running})
         for name, sound in happened.brought:
             if name in books.loading:
                 books.brought(name, sound)

@@ -16,21 +16,42 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float = 0.0,
     >>> draw(np.array([0.0, 2.0, 1.0]), np.random.default_rng(0))
     1
     """
-    best = int(logits.argmax())
     if temperature <= 0:
-        return best
-    shares = np.exp((logits.astype(np.float64) - logits[best]) / temperature)
-    if top_p < 1:
-        order = np.argsort(-shares, kind="stable")
-        sums = shares[order].cumsum()
-        kept = order[: int(sums.searchsorted(top_p * sums[-1])) + 1]
-        return int(kept[_drawn(shares[kept], rng)])
-    return _drawn(shares, rng)
+        return int(logits.argmax())
+    kept, shares = _shares(logits, temperature, top_p)
+    token = drawn(shares, rng)
+    return token if kept is None else int(kept[token])
 
 
-def _drawn(shares: np.ndarray, rng: np.random.Generator) -> int:
+def probabilities(logits: np.ndarray, temperature: float, top_p: float = 1.0) -> np.ndarray:
+    """What `draw` gives each token, `[vocabulary]`, for a temperature above 0.
+
+    >>> probabilities(np.log(np.array([0.5, 0.3, 0.2])), 1.0, 0.6).round(3).tolist()
+    [0.625, 0.375, 0.0]
+    """
+    kept, shares = _shares(logits, temperature, top_p)
+    if kept is None:
+        return shares / shares.sum()
+    whole = np.zeros(len(logits))
+    whole[kept] = shares / shares.sum()
+    return whole
+
+
+def drawn(shares: np.ndarray, rng: np.random.Generator) -> int:
+    """A place, in proportion to its share."""
     sums = shares.cumsum()
     return int(sums.searchsorted(rng.random() * sums[-1], side="right"))
+
+
+def _shares(logits: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray | None, np.ndarray]:
+    """Shares in proportion to the probabilities, and of which tokens; None: of all."""
+    shares = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    if top_p >= 1:
+        return None, shares
+    order = np.argsort(-shares, kind="stable")
+    sums = shares[order].cumsum()
+    kept = order[: int(sums.searchsorted(top_p * sums[-1])) + 1]
+    return kept, shares[kept]
 
 
 def log_probability(logits: np.ndarray, token: int, most: int) -> tuple[float, list[tuple[int, float]]]:

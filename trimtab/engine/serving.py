@@ -14,6 +14,7 @@ from trimtab.core.traffic import Decision
 from trimtab.engine.books import Books
 from trimtab.engine.drawing import draw, log_probability
 from trimtab.engine.session import Writer
+from trimtab.engine.speculation import Speculation, Tally, Text
 
 
 class Refused(UserError):
@@ -107,7 +108,9 @@ class Book:
     Fields:
         place: its sequence of the writer, once it runs.
         next: the token that its next step takes, once its prompt is read.
+        text: all its tokens so far, prompt and written.
         written: tokens that it got.
+        drafts: what a draft came to in it.
         heard: log-probabilities of its prompt so far, where it asks for them.
     """
 
@@ -115,7 +118,9 @@ class Book:
     rng: np.random.Generator
     place: int = -1
     next: int = -1
+    text: list[int] = field(default_factory=list)
     written: int = 0
+    drafts: Tally = field(default_factory=Tally)
     heard: list[tuple[float | None, Top | None]] = field(default_factory=list)
 
 
@@ -129,13 +134,23 @@ class Service:
         context: tokens of prompt and text together, at most.
         vocabulary: tokens that there are.
         queue: requests that may wait.
+        ahead: a draft that writes ahead in ticks that read no prompt, through no adapter; None: there is none. The
+            pages of the books are then those of both caches.
     """
 
     def __init__(
-        self, writer: Writer, books: Books, fetcher: Fetcher | None = None, *, context: int, vocabulary: int, queue: int
+        self,
+        writer: Writer,
+        books: Books,
+        fetcher: Fetcher | None = None,
+        *,
+        context: int,
+        vocabulary: int,
+        queue: int,
+        ahead: Speculation | None = None,
     ) -> None:
         self.writer, self.books, self.fetcher = writer, books, fetcher
-        self.context, self.vocabulary, self.queue = context, vocabulary, queue
+        self.context, self.vocabulary, self.queue, self.ahead = context, vocabulary, queue, ahead
         self.open: dict[int, Book] = {}
         self.places = list(range(books.places))
         self.retired: set[str] = set()
@@ -151,7 +166,7 @@ class Service:
         self._check(order, retry_after)
         prompt = len(order.tokens)
         number = self.books.arrive(prompt, prompt + order.limit, order.adapter)
-        self.open[number] = Book(order, np.random.default_rng(order.seed))
+        self.open[number] = Book(order, np.random.default_rng(order.seed), text=list(order.tokens))
         return number
 
     def cancel(self, number: int) -> None:
@@ -178,6 +193,9 @@ class Service:
         decision = self.books.decide()
         self._act(decision)
         counts = self.books.step(decision)
+        if self.ahead is not None and counts and all(self.open[number].next >= 0 for number in counts):
+            self._speculate(self.ahead, counts, events)
+            return events
         pieces, aloud = {}, []
         for number, count in counts.items():
             book, done = self.open[number], self.books.running[number].done
@@ -196,6 +214,23 @@ class Service:
         for number, done, piece in aloud:
             self._go_on(number, self._hear(self.open[number], done, piece), len(piece), events)
         return events
+
+    def _speculate(self, ahead: Speculation, counts: dict[int, int], events: list[Event]) -> None:
+        texts = {}
+        for number in counts:
+            book, order = self.open[number], self.open[number].order
+            left = order.limit - book.written
+            texts[book.place] = Text(book.text, left, book.rng, order.temperature, order.top_p)
+        went = ahead.step(self.writer, texts, self.books.rows - len(texts))
+        self.books.advance(counts)
+        self.books.accept({number: went[self.open[number].place].accepted for number in counts})
+        for number in counts:
+            book = self.open[number]
+            mine = went[book.place]
+            book.drafts.add(mine)
+            for token, logits in zip(mine.tokens, mine.logits, strict=True):
+                if number in self.open:
+                    self._write(number, token, logits, events)
 
     @property
     def idle(self) -> bool:
@@ -292,12 +327,16 @@ class Service:
                 self._close(number, "length")
                 events.append(End(number, "length"))
                 return
-        token = draw(logits, book.rng, order.temperature, order.top_p)
+        self._write(number, draw(logits, book.rng, order.temperature, order.top_p), logits, events)
+
+    def _write(self, number: int, token: int, logits: np.ndarray, events: list[Event]) -> None:
+        book, order = self.open[number], self.open[number].order
         if order.logprobs is None:
             events.append(Token(number, token))
         else:
             events.append(Token(number, token, *log_probability(logits, token, order.logprobs)))
         book.next, book.written, self.tokens = token, book.written + 1, self.tokens + 1
+        book.text.append(token)
         reason = "stop" if token in order.stop else "length" if book.written >= order.limit else ""
         if reason:
             self._close(number, reason)
@@ -308,6 +347,8 @@ class Service:
         if book.place >= 0:
             self.writer.forget(book.place)
             self.writer.use(book.place, None)
+            if self.ahead is not None:
+                self.ahead.forget(book.place, book.text)
             self.places.append(book.place)
         self.books.leave(number)
         self.finished[reason] += 1

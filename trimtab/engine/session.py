@@ -44,9 +44,17 @@ ROUNDED = 5e-2  # the same where activations are rounded to 8 bits, which on a t
 
 
 class Writer(Protocol):
-    """What writes text: sequences, each a number, to which tokens are added."""
+    """What writes text: sequences, each a number, to which tokens are added.
+
+    Attributes:
+        context: tokens that a sequence may have.
+        most: tokens of a step whose logits can be asked for.
+        cache: how keys and values are stored.
+    """
 
     context: int
+    most: int
+    cache: CacheFormat
 
     def extend(self, sequence: int, tokens: Sequence[int]) -> Tensor:
         """Logits `[vocabulary]` after these tokens."""
@@ -61,6 +69,11 @@ class Writer(Protocol):
 
     def outputs(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
         """Logits `[tokens, vocabulary]` after each of these tokens of a sequence."""
+
+    def score(self, pieces: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits `[tokens, vocabulary]` after each of these tokens of these sequences, packed into one step as by
+        `advance`, of `most` tokens at most.
+        """
 
     def forget(self, sequence: int, length: int = 0) -> None:
         """Drop all tokens of a sequence but the first `length`. Where that ends within a window of a packed cache, the
@@ -77,6 +90,7 @@ class Session:
     def __init__(self, program: Any, head: Any, cache: CacheFormat | None = None, bank: Bank | None = None) -> None:
         self.program, self.head, self.cache, self.bank = program, head, cache or CacheFormat(), bank
         self.context: int = program.context
+        self.most: int = program.outputs
         self.lengths = [0] * program.sequences
         self.adapters: dict[int, str] = {}
 
@@ -95,8 +109,11 @@ class Session:
 
     def advance(self, pieces: Mapping[int, Sequence[int]]) -> Tensor:
         """Logits `[sequences, vocabulary]` after more tokens of each of these sequences, packed into one step."""
-        tokens = [token for piece in pieces.values() for token in piece]
-        return torch.from_numpy(self._run(tokens, list(pieces), [len(piece) for piece in pieces.values()]))
+        return self._packed(pieces, every=False)
+
+    def score(self, pieces: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits `[tokens, vocabulary]` after each of these tokens of these sequences, packed into one step."""
+        return self._packed(pieces, every=True)
 
     def forget(self, sequence: int, length: int = 0) -> None:
         """Drop all tokens of a sequence but the first `length`."""
@@ -113,6 +130,10 @@ class Session:
         cuts = self.cache.cuts(self.lengths[sequence], len(tokens), self.program.outputs)
         parts = [self._run(tokens[first:last], [sequence], [last - first], every=True).copy() for first, last in cuts]
         return torch.from_numpy(np.concatenate(parts))
+
+    def _packed(self, pieces: Mapping[int, Sequence[int]], every: bool) -> Tensor:
+        tokens = [token for piece in pieces.values() for token in piece]
+        return torch.from_numpy(self._run(tokens, list(pieces), [len(piece) for piece in pieces.values()], every))
 
     def _run(self, tokens: Sequence[int], sequences: list[int], counts: list[int], every: bool = False) -> np.ndarray:
         starts = [self.lengths[s] for s in sequences]
@@ -137,6 +158,7 @@ class TorchSession:
         caching: Caching | None = None,
     ) -> None:
         self.model, self.forwards, self.context, self.bank = model, forwards, context, bank
+        self.most = context
         self.cache, self.caching = cache or CacheFormat(), caching
         self.past: dict[int, Any] = {}
         self.lengths: dict[int, int] = {}
@@ -175,6 +197,10 @@ class TorchSession:
     def advance(self, pieces: Mapping[int, Sequence[int]]) -> Tensor:
         """Logits `[sequences, vocabulary]` after more tokens of each of these sequences."""
         return torch.stack([self.extend(sequence, piece) for sequence, piece in pieces.items()])
+
+    def score(self, pieces: Mapping[int, Sequence[int]]) -> Tensor:
+        """Logits `[tokens, vocabulary]` after each of these tokens of these sequences."""
+        return torch.cat([self.outputs(piece, sequence) for sequence, piece in pieces.items()])
 
     def forget(self, sequence: int, length: int = 0) -> None:
         """Drop all tokens of a sequence but the first `length`."""
@@ -314,6 +340,7 @@ class Runtime:
         bank: Bank | None = None,
         paged: bool = False,
         sample: Callable[[], Tensor] | None = None,
+        most: int = PROOF,
     ) -> Writer:
         """A session: compiled where the model's form is known and the program has proved itself, else on torch.
 
@@ -327,6 +354,7 @@ class Runtime:
             paged: a sequence takes memory for the tokens that it holds, and gives it back when they are forgotten;
                 whoever asks for it sees to it that all of them fit.
             sample: gives tokens `[texts, length]` for methods of caches that prepare themselves on some.
+            most: tokens of a step whose logits can be asked for; a draft's are checked so.
 
         Raises:
             UserError: there is no such cache, or it does not fit into the memory that is free.
@@ -347,7 +375,7 @@ class Runtime:
             return self._on_torch(context, stored, bank, sample)
         if self.share:
             give_way(self.model, self.weights)
-        return _session(self.form, self.weights, context, sequences, chunk, stored, bank, paged)
+        return _session(self.form, self.weights, context, sequences, chunk, stored, bank, paged, most)
 
     def _on_torch(
         self, context: int, stored: CacheFormat, bank: Bank | None, sample: Callable[[], Tensor] | None
@@ -405,6 +433,7 @@ class Kept:
         cache: str = "fp16",
         bank: Bank | None = None,
         paged: bool = False,
+        most: int = PROOF,
     ) -> Writer:
         """A session, see `Runtime.open`.
 
@@ -415,7 +444,7 @@ class Kept:
         stored = CacheFormat.parse(cache)
         check_memory(self.form, self.weights, context, 1 if paged else sequences, bool(self.weights.made), stored)
         try:
-            return _session(self.form, self.weights, context, sequences, chunk, stored, bank, paged)
+            return _session(self.form, self.weights, context, sequences, chunk, stored, bank, paged, most)
         except ValueError as error:
             raise UserError(f"the stored weights are not those of the model's configuration: {error}") from error
 
@@ -434,8 +463,9 @@ def _session(
     cache: CacheFormat,
     bank: Bank | None,
     paged: bool,
+    most: int,
 ) -> Session:
-    sizes = {"rows": chunk, "outputs": max(sequences, PROOF), "sequences": sequences, "context": context}
+    sizes = {"rows": chunk, "outputs": max(sequences, most), "sequences": sequences, "context": context}
     return Session(*compile_form(form, weights, **sizes, cache=cache, bank=bank, paged=paged), cache, bank)
 
 

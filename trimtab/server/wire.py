@@ -85,6 +85,7 @@ class State:
         finished: reason -> requests that ended so far.
         loads, evictions: of adapters so far.
         rss: bytes of the process.
+        drafted, accepted: tokens that a draft proposed, and those of them that were written, so far.
     """
 
     tick: int
@@ -101,6 +102,8 @@ class State:
     loads: int
     evictions: int
     rss: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 def line(kind: str, **fields: Any) -> bytes:

@@ -53,6 +53,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cache", default="fp16")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--policy", default="s-lora")
+    parser.add_argument("--draft", help="a smaller model with the same tokenizer, which writes ahead")
+    parser.add_argument("--draft-tokens", type=int, help="so many at a time; as the acceptance rate has it by default")
     parser.add_argument("--force", action="store_true")
     return parser
 
@@ -97,7 +99,7 @@ class Worker:
     """The model, the service over it, and who is connected."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from trimtab.core.method import Policy, method
+        from trimtab.core.method import Drafter, Policy, method
         from trimtab.engine import memory
         from trimtab.engine.books import Books
         from trimtab.engine.serving import Service
@@ -111,7 +113,7 @@ class Worker:
         if options.threads is not None and (kernels := native()) is not None:
             kernels.set_threads(options.threads)
         policy = method(options.policy)
-        if not isinstance(policy, Policy):
+        if not isinstance(policy, Policy) or isinstance(policy, Drafter):
             raise UserError(f"{options.policy} is no policy of serving; `trimtab methods --family serve` lists those")
         if options.adapters is not None and not options.adapters.is_dir():
             raise UserError(f"{options.adapters} is no folder; name one that holds a folder for each adapter")
@@ -133,6 +135,8 @@ class Worker:
         self.context = min(known, options.context or USUAL)
         rows = max(128, 2 * options.users)
         sizes = {"sequences": options.users, "chunk": rows, "cache": options.cache, "bank": self.bank, "paged": True}
+        if options.draft is not None:
+            sizes["most"] = rows
         writer = runtime.open(self.context, **sizes)  # type: ignore[arg-type]
         form = CacheFormat.parse(options.cache)
         fits = (lambda folder: None) if options.force else (lambda folder: check_base(folder, loaded.hashes))
@@ -141,6 +145,11 @@ class Worker:
         for name, why in self.registry.broken.items():
             print(f"the adapter {name} cannot be used: {why}", file=sys.stderr)
         pages, self.vocabulary = _pages(runtime, loaded, form)
+        ahead = None
+        if options.draft is not None:
+            ahead, pages = _ahead(options, loaded, pages, self.context, rows, self.vocabulary)
+        elif options.draft_tokens is not None:
+            raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
         _warm(writer, min(rows, self.context, form.window or rows))
         pool = _pool(options.memory, max(adapters.values(), default=0))
         least = pages.of(min(LEAST, self.context)) + max(adapters.values(), default=0)
@@ -151,7 +160,13 @@ class Worker:
             )
         books = Books(policy, rows, options.users, pool, pages, form.window)
         self.service = Service(
-            writer, books, self.registry, context=self.context, vocabulary=self.vocabulary, queue=options.queue
+            writer,
+            books,
+            self.registry,
+            context=self.context,
+            vocabulary=self.vocabulary,
+            queue=options.queue,
+            ahead=ahead,
         )
         for name, nbytes in adapters.items():
             self.service.know(name, nbytes)
@@ -356,6 +371,8 @@ class Worker:
             loads=service.loads,
             evictions=service.evictions,
             rss=held_bytes(),
+            drafted=service.ahead.tally.drafted if service.ahead else 0,
+            accepted=service.ahead.tally.accepted if service.ahead else 0,
         )
         self.line.say("state", **wire.described(state))
         self.told = 0.0 if service.idle else time.monotonic()
@@ -391,6 +408,35 @@ def _pages(runtime: Any, loaded: Any, form: Any) -> tuple[Pages, int]:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layer = CacheFormat("fp32").bytes(heads, -(-size // PADDING) * PADDING, BLOCK)
     return Pages(BLOCK, config.num_hidden_layers * layer), config.vocab_size
+
+
+def _ahead(
+    options: argparse.Namespace, loaded: Any, pages: Pages, context: int, rows: int, vocabulary: int
+) -> tuple[Any, Pages]:
+    """The draft, and pages that hold its cache as well."""
+    from trimtab.core.method import Drafter, method
+    from trimtab.engine.speculation import Speculation, check_vocabulary, relative_cost
+    from trimtab.formats.cache import CacheFormat
+    from trimtab.loading import load
+
+    draft = load(options.draft, packed=True)
+    if draft.task != "causal-lm" or draft.tokenizer is None:
+        raise UserError(f"{options.draft} is for {draft.task} or has no tokenizer; a draft is a causal language model")
+    check_vocabulary(draft.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), options.draft)
+    count = options.draft_tokens
+    if count is not None and count < 1:
+        raise UserError(f"--draft-tokens {count} was given; give 1 or more")
+    policy = method("adaptive-drafting") if count is None else method("speculative-decoding", tokens=count)
+    assert isinstance(policy, Drafter)
+    runtime = draft.opened()
+    writer = runtime.open(min(context, draft.limit(context)), sequences=options.users, chunk=rows, paged=True)
+    _warm(writer, min(rows, writer.context))
+    theirs, _ = _pages(runtime, draft, CacheFormat())
+    more = -(-pages.tokens // theirs.tokens) * theirs.nbytes
+    cost = relative_cost(runtime, loaded.opened())
+    return Speculation(writer, policy, vocabulary=vocabulary, cost=cost), Pages(
+        pages.tokens, pages.nbytes + more, pages.fixed + (more if pages.fixed else 0)
+    )
 
 
 def _warm(writer: Any, rows: int) -> None:
