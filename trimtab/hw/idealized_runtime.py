@@ -126,7 +126,8 @@ class IdealizedRuntime(Pricer):
         scale[scale == 0] = 1.0
         found = nnls(relative / scale, np.ones(len(runs)))[0] / scale
         ratios = seconds / np.maximum(terms @ found, 1e-300)
-        return IdealizedRuntime(*map(float, found), low=float(ratios.min()), high=float(ratios.max()))
+        first, second = map(float, found)
+        return IdealizedRuntime(first, second, low=float(ratios.min()), high=float(ratios.max()))
 
 
 def _forwards(work: Work, run: Run) -> list[Work]:
