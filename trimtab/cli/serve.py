@@ -30,6 +30,10 @@ def command(
         str, typer.Option(help="who begins when: `trimtab methods --family serve` lists those that there are")
     ] = "s-lora",
     force: Annotated[bool, typer.Option("--force", help="take adapters that were trained on another model")] = False,
+    draft: Annotated[str | None, typer.Option(help="a smaller model that writes ahead; texts stay the same")] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, max=64, help="at a time; as many as the acceptance rate has it by default")
+    ] = None,
     queue: Annotated[int, typer.Option(min=0, max=100_000, help="requests that may wait; more are refused")] = 256,
     drain: Annotated[float, typer.Option(min=0, max=3600, help="seconds that texts get to end when it stops")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="threads; all cores by default")] = None,
@@ -61,6 +65,8 @@ def command(
         "--cache": cache,
         "--users": users,
         "--policy": policy,
+        "--draft": draft,
+        "--draft-tokens": draft_tokens,
         "--queue": queue,
         "--threads": threads,
     }
