@@ -41,7 +41,7 @@ def calls(
         prompt, text: least and most tokens.
 
     >>> [round(call.at, 2) for call in calls(3, rate=2.0, seed=1)]
-    [0.0, 0.16, 0.41]
+    [0.0, 0.15, 2.84]
     """
     rng = np.random.default_rng(seed)
     gaps = np.zeros(count) if rate == float("inf") else rng.gamma(1 / cv**2, cv**2 / rate, count)
