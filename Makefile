@@ -58,7 +58,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY) $(BROWSER)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # Exceptions cross the sanitizers only if the C++ library is there first.
 sanitize: $(READY) ## the kernels' tests on the portable variant, built with the address and undefined-behaviour sanitizers

@@ -148,6 +148,8 @@ def _other(default: Any, hint: Any) -> Any:
         return default + "4b"
     if isinstance(default, tuple):
         return default[:-1] if default else ("4b",)
+    if default is None and (numbers := [part for part in _alternatives(hint) if part in (int, float)]):
+        return numbers[0](1)
     raise AssertionError(f"the battery has no other value for {hint} = {default!r}")
 
 

@@ -57,7 +57,7 @@ def test_prices_are_exact(name: str, inputs: dict[str, torch.Tensor]) -> None:
     costs = Costs(open_space(name), inputs)
     assert costs.exact
     rng = random.Random(0)
-    genomes = [costs.domain.random(rng) for _ in range(8)]
+    genomes = [costs.domain.random(rng) for _ in range(4)]
     found = costs.price(genomes)
     for i, genome in enumerate(genomes):
         network = costs.maker.build(genome, meta=False)[0].eval()

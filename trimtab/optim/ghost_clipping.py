@@ -32,6 +32,7 @@ class GhostClipping(Estimator):
     Departures: a matrix that embedding and head share is clipped exactly, with the product of its two gradients. Sigma
         is given, and no accountant of privacy is here.
 
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Linear(3, 1)
     >>> losses = [lambda: model(torch.ones(2, 1, 3)).square().sum((1, 2))]
     >>> loss, grads = GhostClipping(limit=0.5).estimate(model, losses, rng=torch.Generator().manual_seed(0))
