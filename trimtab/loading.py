@@ -366,6 +366,15 @@ def _check_memory(contents: Contents, packed: bool) -> None:
         raise UserError(f"{contents.folder} needs {said_bytes(needed)}, and {said_bytes(free)} are free; {cure}")
 
 
+def drafter(tokens: int | None) -> Drafter:
+    """The policy that drafts so many tokens at a time; None: as many as the acceptance rate has it."""
+    from trimtab.core.method import Drafter, method
+
+    policy = method("adaptive-drafting") if tokens is None else method("speculative-decoding", tokens=tokens)
+    assert isinstance(policy, Drafter)
+    return policy
+
+
 def read_report(run: str | Path) -> dict[str, Any]:
     """The evidence of a finished run.
 

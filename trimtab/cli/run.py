@@ -45,9 +45,8 @@ def command(
     import torch
 
     from trimtab.core.errors import UserError
-    from trimtab.core.method import Drafter, method
     from trimtab.kernels.native import native
-    from trimtab.loading import load
+    from trimtab.loading import drafter, load
 
     if draft is None and draft_tokens is not None:
         raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
@@ -65,10 +64,7 @@ def command(
     if draft is not None:
         ahead = load(draft, packed=packed)
         ahead.share, ahead.context = packed, context
-        fixed = {} if draft_tokens is None else {"tokens": draft_tokens}
-        policy = method("speculative-decoding" if fixed else "adaptive-drafting", **fixed)
-        assert isinstance(policy, Drafter)
-        loaded.use_draft(ahead, policy)
+        loaded.use_draft(ahead, drafter(draft_tokens))
     ready = time.perf_counter()
     text = ""
     name = None if adapter is None else "adapter"

@@ -414,10 +414,9 @@ def _ahead(
     options: argparse.Namespace, loaded: Any, pages: Pages, context: int, rows: int, vocabulary: int
 ) -> tuple[Any, Pages]:
     """The draft, and pages that hold its cache as well."""
-    from trimtab.core.method import Drafter, method
     from trimtab.engine.speculation import Speculation, check_vocabulary, relative_cost
     from trimtab.formats.cache import CacheFormat
-    from trimtab.loading import load
+    from trimtab.loading import drafter, load
 
     draft = load(options.draft, packed=True)
     if draft.task != "causal-lm" or draft.tokenizer is None:
@@ -426,15 +425,13 @@ def _ahead(
     count = options.draft_tokens
     if count is not None and count < 1:
         raise UserError(f"--draft-tokens {count} was given; give 1 or more")
-    policy = method("adaptive-drafting") if count is None else method("speculative-decoding", tokens=count)
-    assert isinstance(policy, Drafter)
     runtime = draft.opened()
     writer = runtime.open(min(context, draft.limit(context)), sequences=options.users, chunk=rows, paged=True)
     _warm(writer, min(rows, writer.context))
     theirs, _ = _pages(runtime, draft, CacheFormat())
     more = -(-pages.tokens // theirs.tokens) * theirs.nbytes
     cost = relative_cost(runtime, loaded.opened())
-    return Speculation(writer, policy, vocabulary=vocabulary, cost=cost), Pages(
+    return Speculation(writer, drafter(count), vocabulary=vocabulary, cost=cost), Pages(
         pages.tokens, pages.nbytes + more, pages.fixed + (more if pages.fixed else 0)
     )
 
