@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from trimtab.core.traffic import View, Waiting
+from trimtab.core.traffic import Decision, View, Waiting
 
 
 @dataclass
@@ -51,6 +51,29 @@ class Door:
                 self.load.append(name)
                 self.free -= self.view.known[name]
 
+    def decision(self, most: int | None = None) -> Decision:
+        """The tick: who was let in, and the rows of the step shared out to prompts end to end, those that began first
+        before the others; the last one may get a part.
+
+        Args:
+            most: prompts of a step, at most.
+
+        >>> from trimtab.core.traffic import Pages
+        >>> door = Door(View(0, 100, 4, 1 << 20, Pages(64, 1000)))
+        >>> door.let_in([Waiting(0, 30, 40, None, 0), Waiting(1, 90, 95, None, 0)])
+        >>> door.decision().rows
+        {0: 30, 1: 70}
+        """
+        unread = [(r.id, r.unread) for r in self.view.running if r.unread] + [(w.id, w.prompt) for w in self.admit]
+        left = self.view.rows - sum(not r.unread for r in self.view.running)
+        rows: dict[int, int] = {}
+        for number, count in unread[:most]:
+            if left <= 0:
+                break
+            rows[number] = min(count, left)
+            left -= rows[number]
+        return Decision(tuple(w.id for w in self.admit), tuple(self.evict), tuple(self.load), rows)
+
     def _missing(self, name: str) -> bool:
         there = name in self.view.resident and name not in self.evict
         return not (there or name in self.view.loading or name in self.load)
@@ -79,27 +102,3 @@ class Door:
             self.load.append(name)
             self.free -= size
         return True
-
-
-def packed(view: View, admitted: Iterable[Waiting], most: int | None = None) -> Mapping[int, int]:
-    """Rows of a step shared out to prompts end to end, those that began first before the others; the last one may get a
-    part.
-
-    Args:
-        admitted: who begins in this tick.
-        most: prompts of a step, at most.
-
-    >>> from trimtab.core.traffic import Pages
-    >>> view = View(0, 100, 4, 1 << 20, Pages(64, 1000))
-    >>> packed(view, [Waiting(0, 30, 40, None, 0), Waiting(1, 90, 95, None, 0)])
-    {0: 30, 1: 70}
-    """
-    unread = [(r.id, r.unread) for r in view.running if r.unread] + [(w.id, w.prompt) for w in admitted]
-    left = view.rows - sum(not r.unread for r in view.running)
-    rows: dict[int, int] = {}
-    for number, count in unread[:most]:
-        if left <= 0:
-            break
-        rows[number] = min(count, left)
-        left -= rows[number]
-    return rows

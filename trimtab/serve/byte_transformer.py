@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trimtab.core.method import Card, Policy
 from trimtab.core.traffic import Decision, View
-from trimtab.parts.admission import Door, packed
+from trimtab.parts.admission import Door
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,4 @@ class ByteTransformer(Policy):
         door = Door(view)
         if not view.running:
             door.let_in(view.waiting)
-        rows = packed(view, door.admit)
-        return Decision(tuple(r.id for r in door.admit), tuple(door.evict), tuple(door.load), rows)
+        return door.decision()

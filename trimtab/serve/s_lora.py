@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trimtab.core.method import Card, Policy
 from trimtab.core.traffic import Decision, View
-from trimtab.parts.admission import Door, packed
+from trimtab.parts.admission import Door
 
 
 @dataclass(frozen=True)
@@ -59,5 +59,4 @@ class SLoRA(Policy):
         door.let_in(waiting)
         admitted = {request.id for request in door.admit}
         door.fetch([request for request in waiting if request.id not in admitted][: self.ahead])
-        rows = packed(view, door.admit)
-        return Decision(tuple(r.id for r in door.admit), tuple(door.evict), tuple(door.load), rows)
+        return door.decision()

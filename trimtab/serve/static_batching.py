@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trimtab.core.method import Card, Policy
 from trimtab.core.traffic import Decision, View
-from trimtab.parts.admission import Door, packed
+from trimtab.parts.admission import Door
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,4 @@ class StaticBatching(Policy):
         door = Door(view)
         if not view.running:
             door.let_in(view.waiting)
-        rows = packed(view, door.admit, most=1)
-        return Decision(tuple(r.id for r in door.admit), tuple(door.evict), tuple(door.load), rows)
+        return door.decision(most=1)
