@@ -7,8 +7,7 @@
 namespace trimtab {
 namespace {
 
-constexpr int kTileRows = 16;     // a tile of 2,048 columns takes 128 KiB: an eighth of a core's second cache
-constexpr int kTileCols = 2048;  // longer rows are multiplied piece by piece, so that the inputs' pieces stay near too
+constexpr int kTileRows = 16;  // a tile of 2,048 columns takes 128 KiB: an eighth of a core's second cache
 
 size_t padded(int cols) { return (static_cast<size_t>(cols) + 15) / 16 * 16; }
 
@@ -27,8 +26,8 @@ void apply_by_rows(const Weight& weight, const float* x, int ldx, int m, float* 
   for (int r = first; r < last; r += most) {
     const int rows = std::min(most, last - r);
     for (int k = 0; k < rows; ++k) weight.row(r + k, tile + k * ld);
-    for (int c = 0; c == 0 || c < cols; c += kTileCols)
-      dots(tile + c, ld, rows, x + c, ldx, m, std::min(kTileCols, cols - c), y + r, ldy, c > 0);
+    for (int c = 0; c == 0 || c < cols; c += kPieceCols)
+      dots(tile + c, ld, rows, x + c, ldx, m, std::min(kPieceCols, cols - c), y + r, ldy, c > 0);
   }
   team.sync();
 }

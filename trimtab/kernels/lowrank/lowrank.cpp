@@ -16,28 +16,6 @@ void ask_for(const void* next, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) simd::prefetch(static_cast<const std::byte*>(next) + kAhead + at);
 }
 
-// y[r] = sum_c w[r, c] x[c]: rows one after the other, as they lie, so that memory is read as one stream.
-void stream_dots(const Half* w, int rows, const float* x, int cols, float* y) {
-  constexpr int kSums = 4, kStep = kSums * simd::kLanes;
-  for (int r = 0; r < rows; ++r, w += cols) {
-    simd::Floats sum[kSums];
-    for (simd::Floats& lanes : sum) lanes = simd::floats(0.0f);
-    int c = 0;
-    for (; c + kStep <= cols; c += kStep) {
-      ask_for(w + c, kStep * sizeof(Half));
-      for (int i = 0; i < kSums; ++i) {
-        const int at = c + i * simd::kLanes;
-        sum[i] = simd::fma(simd::load(w + at), simd::load(x + at), sum[i]);
-      }
-    }
-    for (; c < cols; c += simd::kLanes) {
-      const int n = std::min(simd::kLanes, cols - c);
-      sum[0] = simd::fma(simd::load(w + c, n), simd::load(x + c, n), sum[0]);
-    }
-    y[r] = simd::total(simd::add(simd::add(sum[0], sum[1]), simd::add(sum[2], sum[3])));
-  }
-}
-
 }  // namespace
 
 LowRank::LowRank(const Half* left, const Half* right, int rows, int rank, int cols)
@@ -74,7 +52,6 @@ int LowRank::panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
 
 void LowRank::narrow(const float* x, int ldx, int m, float* inner, int first, int last) const {
   const Half* right = right_ + static_cast<size_t>(first) * cols;
-  if (m == 1) return stream_dots(right, last - first, x, cols, inner + first);
   dots(right, cols, last - first, x, ldx, m, cols, inner + first, rank, false);
 }
 

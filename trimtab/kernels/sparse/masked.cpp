@@ -116,33 +116,44 @@ void Masked::row(int r, float* out) const {
     for (int lane = 0; lane < std::min(16, cols - c); ++lane) out[c + lane] = *mask >> lane & 1 ? simd::float_of_half(*value++) : 0.0f;
 }
 
-// R rows of one input: each word's kept values are spread over the lanes by the mask as they arrive, so that memory is
-// read once and compressed, and R chains of pointers and sums run side by side.
+// A piece of R rows of one input: each word's kept values are spread over the lanes by the mask as they arrive, so that
+// memory is read once and compressed, and R chains of pointers and sums run side by side. Masks are `words_` apart; `value`
+// goes on to what follows the piece.
 template <int R>
-void Masked::single(const float* x, int r, float* y) const {
+void Masked::single(const uint16_t* masks, const Half** values, const float* x, int count, float* y, bool add) const {
 #if defined(__AVX512F__)
-  const uint16_t* mask[R];
   const Half* value[R];
   __m512 sum[R];
-  for (int k = 0; k < R; ++k) {
-    mask[k] = reinterpret_cast<const uint16_t*>(masks_.data()) + static_cast<size_t>(r + k) * words_;
-    value[k] = reinterpret_cast<const Half*>(values_.data()) + start_[r + k];
+  simd::unrolled<R>([&](auto k) {
+    value[k] = values[k];
     sum[k] = _mm512_setzero_ps();
-  }
-  for (int w = 0; w < words_; ++w) {
-    const int left = cols - 16 * w;
-    const __m512 input = _mm512_maskz_loadu_ps(left >= 16 ? __mmask16{0xffff} : simd::first_lanes(left), x + 16 * w);
-#pragma GCC unroll 4
-    for (int k = 0; k < R; ++k) {
-      const uint16_t kept = mask[k][w];
+  });
+  const auto word = [&](int w, __m512 input) __attribute__((always_inline)) {
+    simd::unrolled<R>([&](auto k) {
+      const uint16_t kept = masks[static_cast<size_t>(k) * words_ + w];
       sum[k] = _mm512_fmadd_ps(spread(kept, simd::load(value[k])), input, sum[k]);
       value[k] += std::popcount(uint32_t{kept});
-    }
-  }
-  for (int k = 0; k < R; ++k) y[r + k] = simd::total(sum[k]);
+      asm("" : "+r"(value[k]));  // GCC would put the pointers into one vector register and take them out again
+    });
+  };
+  int w = 0;
+  for (; 16 * (w + 1) <= count; ++w) word(w, simd::load(x + 16 * w));
+  if (16 * w < count) word(w, simd::load(x + 16 * w, count - 16 * w));
+  simd::unrolled<R>([&](auto k) {
+    values[k] = value[k];
+    y[k] = simd::total(sum[k]) + (add ? y[k] : 0.0f);
+  });
 #else
-  (void)x, (void)r, (void)y;
+  (void)masks, (void)values, (void)x, (void)count, (void)y, (void)add;
 #endif
+}
+
+template <int R>
+void Masked::single_rows(const float* x, int r, float* y) const {
+  const uint16_t* masks = reinterpret_cast<const uint16_t*>(masks_.data()) + static_cast<size_t>(r) * words_;
+  const Half* values[R];
+  for (int k = 0; k < R; ++k) values[k] = reinterpret_cast<const Half*>(values_.data()) + start_[r + k];
+  for (int c = 0; c < cols; c += kPieceCols) single<R>(masks + c / 16, values, x + c, std::min(kPieceCols, cols - c), y + r, c > 0);
 }
 
 // The kept ones of `words` words: their columns, counted from the first, times `scale`, and their values.
@@ -211,8 +222,8 @@ void Masked::apply(const float* x, int ldx, int m, float* y, int ldy, std::byte*
   if (m == 1) {
     const auto [first, last] = team.share(rows);
     int r = first;
-    for (; r + 4 <= last; r += 4) single<4>(x, r, y);
-    for (; r < last; ++r) single<1>(x, r, y);
+    for (; r + 4 <= last; r += 4) single_rows<4>(x, r, y);
+    for (; r < last; ++r) single_rows<1>(x, r, y);
     return team.sync();
   }
 #endif

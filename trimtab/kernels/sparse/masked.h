@@ -26,7 +26,9 @@ class Masked final : public Weight {
 
  private:
   template <int R>
-  void single(const float* x, int r, float* y) const;
+  [[gnu::noinline]] void single(const uint16_t* masks, const Half** values, const float* x, int count, float* y, bool add) const;
+  template <int R>
+  void single_rows(const float* x, int r, float* y) const;
   static int unpack(const uint16_t* mask, int words, const Half* value, uint32_t scale, uint32_t* offsets, float* values);
   bool skips(int m) const;
   void kept_only(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const;

@@ -42,8 +42,12 @@ NM::NM(const Half* values, const uint8_t* places, int rows, int cols, int kept, 
   for (int r = 0; r < rows; ++r)
     for (int s = 0; s < slots_; ++s) {
       const size_t panel = r / kPanelRows, lane = r % kPanelRows, from = static_cast<size_t>(r) * slots_ + s;
-      value[(panel * slots_ + s) * kPanelRows + lane] = values[from];
-      word[(panel * words_ + s / each_) * kPanelRows + lane] |= static_cast<uint32_t>(places[from]) << (s % each_ * width_);
+      // In the order of their places, in which all ways to apply the weight add up.
+      const uint8_t* group = places + from - s % kept;
+      const int before = static_cast<int>(std::count_if(group, group + kept, [&](uint8_t place) { return place < places[from]; }));
+      const int to = s / kept * kept + before + static_cast<int>(std::count(group, places + from, places[from]));
+      value[(panel * slots_ + to) * kPanelRows + lane] = values[from];
+      word[(panel * words_ + to / each_) * kPanelRows + lane] |= static_cast<uint32_t>(places[from]) << (to % each_ * width_);
     }
 }
 
@@ -99,42 +103,49 @@ void NM::unpacked(const float* x, int ldx, int m, float* y, int ldy, std::byte* 
 
 #if defined(__AVX512F__)
 
-// Panel p of sixteen rows for M inputs [M][ldx]. KEPT and GROUP are those of the weight, or 0 where they may be any.
-template <int M, int KEPT, int GROUP>
+// P panels of sixteen rows from p on for M inputs [M][ldx]. KEPT and GROUP are those of the weight, or 0 where they may be
+// any. Each output is one chain of additions, and two panels at once hide its latency.
+template <int P, int M, int KEPT, int GROUP>
 void NM::panel(int p, const float* x, size_t ldx, float* y, int ldy) const {
   const Half* value = reinterpret_cast<const Half*>(values_.data()) + static_cast<size_t>(p) * slots_ * kPanelRows;
   const __m512i* word = reinterpret_cast<const __m512i*>(places_.data()) + static_cast<size_t>(p) * words_;
+  const size_t next = static_cast<size_t>(slots_) * kPanelRows;  // from a panel's value to the next one's
   const int kept = KEPT > 0 ? KEPT : kept_, group = GROUP > 0 ? GROUP : group_;
   const int each = KEPT > 0 && GROUP == 4 ? 16 / KEPT * KEPT : each_;
   const __m512i step = _mm512_set1_epi32(width_), within = _mm512_set1_epi32(group - 1);
-  __m512 sum[M][2];
-  for (auto& two : sum) two[0] = two[1] = _mm512_setzero_ps();
-  for (int s = 0; s < slots_; s += each) {
-    __m512i places = *word++;
+  __m512 sum[P][M];
+  for (auto& panel : sum)
+    for (__m512& lanes : panel) lanes = _mm512_setzero_ps();
+  for (int s = 0; s < slots_; s += each, ++word) {
+    __m512i places[P];
+    for (int q = 0; q < P; ++q) places[q] = word[q * words_];
     for (int end = std::min(each, slots_ - s), k = 0; k < end; k += kept, x += group) {
       __m512 input[M];
       for (int i = 0; i < M; ++i)  // a group of four fills each quarter of a register: its permutation is the cheaper one
         input[i] = GROUP == 4 ? _mm512_broadcast_f32x4(_mm_loadu_ps(x + i * ldx)) : _mm512_loadu_ps(x + i * ldx);
-      for (int j = 0; j < kept; ++j, value += kPanelRows) {
-        const __m512 weight = simd::load(value);
-        for (int i = 0; i < M; ++i) {
-          const __m512 chosen = GROUP == 4 ? _mm512_permutevar_ps(input[i], places)
-                                           : _mm512_permutexvar_ps(_mm512_and_si512(places, within), input[i]);
-          sum[i][j % 2] = _mm512_fmadd_ps(weight, chosen, sum[i][j % 2]);
+      for (int j = 0; j < kept; ++j, value += kPanelRows)
+        for (int q = 0; q < P; ++q) {
+          const __m512 weight = simd::load(value + q * next);
+          for (int i = 0; i < M; ++i) {
+            const __m512 chosen = GROUP == 4 ? _mm512_permutevar_ps(input[i], places[q])
+                                             : _mm512_permutexvar_ps(_mm512_and_si512(places[q], within), input[i]);
+            sum[q][i] = _mm512_fmadd_ps(weight, chosen, sum[q][i]);
+          }
+          places[q] = GROUP == 4 ? _mm512_srli_epi32(places[q], 2) : _mm512_srlv_epi32(places[q], step);
         }
-        places = GROUP == 4 ? _mm512_srli_epi32(places, 2) : _mm512_srlv_epi32(places, step);
-      }
     }
   }
-  const int n = std::min(kPanelRows, rows - p * kPanelRows);
-  for (int i = 0; i < M; ++i)
-    simd::store(y + static_cast<size_t>(i) * ldy + p * kPanelRows, _mm512_add_ps(sum[i][0], sum[i][1]), n);
+  for (int q = 0; q < P; ++q, ++p)
+    for (int i = 0; i < M; ++i)
+      simd::store(y + static_cast<size_t>(i) * ldy + p * kPanelRows, sum[q][i], std::min(kPanelRows, rows - p * kPanelRows));
 }
 
 template <int M, int KEPT, int GROUP>
 void NM::panels(const float* x, size_t ldx, float* y, int ldy, const Team& team) const {
   const auto [first, last] = team.share(static_cast<int>(panels_of(rows)));
-  for (int p = first; p < last; ++p) panel<M, KEPT, GROUP>(p, x, ldx, y, ldy);
+  int p = first;
+  for (; p + 2 <= last; p += 2) panel<2, M, KEPT, GROUP>(p, x, ldx, y, ldy);
+  if (p < last) panel<1, M, KEPT, GROUP>(p, x, ldx, y, ldy);
 }
 
 template <int M>

@@ -26,7 +26,7 @@ class NM final : public Weight {
  private:
   void unpack(int p, int c, int count, float* tile) const;
   void unpacked(const float* x, int ldx, int m, float* y, int ldy, std::byte* scratch, const Team& team) const;
-  template <int M, int KEPT, int GROUP>
+  template <int P, int M, int KEPT, int GROUP>
   void panel(int p, const float* x, size_t ldx, float* y, int ldy) const;
   template <int M, int KEPT, int GROUP>
   void panels(const float* x, size_t ldx, float* y, int ldy, const Team& team) const;
