@@ -1,7 +1,7 @@
 """The process that speaks HTTP: `python -m trimtab.server.front`; its settings are a line on standard input.
 
-It ends when that input does, so that none is left behind by a parent that was killed; each `ready` of the engine goes
-to standard output as a line.
+It ends when that input does, so that none is left behind by a parent that was killed; a later line on it says why the
+engine is about to be killed. Each `ready` of the engine goes to standard output as a line.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class Server(uvicorn.Server):
             late.cancel()
 
     def _input(self) -> None:
-        if not os.read(sys.stdin.fileno(), 4096):  # the parent is gone
+        if said := os.read(sys.stdin.fileno(), 4096):
+            self._service.link.why = said.decode().strip()
+        else:  # the parent is gone
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
             self.should_exit = True
 

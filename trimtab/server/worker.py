@@ -22,6 +22,7 @@ from typing import Any
 from trimtab.core.errors import UserError
 from trimtab.core.traffic import Pages
 from trimtab.server import wire
+from trimtab.server.pulse import LONGEST, TIMES, Pulse, beat_of
 
 STATE = 0.25  # seconds from one `state` to the next
 BEHIND = 1 << 16  # messages that may wait for a reader before its connection is closed
@@ -150,7 +151,10 @@ class Worker:
             ahead, pages = _ahead(options, loaded, pages, self.context, rows, self.vocabulary)
         elif options.draft_tokens is not None:
             raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
-        _warm(writer, min(rows, self.context, form.window or rows))
+        self.longest = max(LONGEST, TIMES * _warm(writer, min(rows, self.context, form.window or rows)))
+        if ahead is not None:  # a step of which may read all texts from their beginning
+            reads = options.users * -(-self.context // rows)
+            self.longest += reads * _warm(ahead.draft, min(rows, ahead.draft.context))
         pool = _pool(options.memory, max(adapters.values(), default=0))
         least = pages.of(min(LEAST, self.context)) + max(adapters.values(), default=0)
         if pool < least:
@@ -189,7 +193,9 @@ class Worker:
         early.rename(self.socket)  # who sees it can connect
         threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
         parent = os.getppid()
+        pulse = Pulse(beat_of(self.socket), self.longest)
         while not (self.draining and self.service.idle):
+            pulse.turn()
             self._orders()
             if os.getppid() != parent:
                 return  # whoever kept watch is gone
@@ -436,10 +442,12 @@ def _ahead(
     )
 
 
-def _warm(writer: Any, rows: int) -> None:
-    """One step as large as there are: what it needs is then taken, and counted."""
+def _warm(writer: Any, rows: int) -> float:
+    """One step as large as there are: what it needs is then taken, and counted. The seconds that it took."""
+    began = time.perf_counter()
     writer.advance({0: [0] * rows})
     writer.forget(0)
+    return time.perf_counter() - began
 
 
 def _pool(memory: int | None, largest: int) -> int:
