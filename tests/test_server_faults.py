@@ -249,6 +249,28 @@ def test_hostile_bytes_break_nothing(server: Running) -> None:
     assert server.healthy() and "Traceback" not in server.err.read_text()
 
 
+def test_more_connections_than_are_held_get_an_answer_and_harm_nobody(tmp_path: Path) -> None:
+    with running(tmp_path, "--delay", "0.02", clients=30) as server:
+        streaming = server.raw(server.post("/v1/completions", prompt="a b", max_tokens=60, stream=True))
+        streaming.recv(1)
+        idle = [server.raw() for _ in range(300)]
+        refused = read_all(idle.pop()).decode()
+        assert refused.startswith("HTTP/1.1 503 ") and "30 connections are open" in refused
+        assert len(psutil.Process(server.child("server.front").pid).net_connections("tcp")) <= 32
+        assert b"[DONE]" in read_all(streaming)
+        for connection in idle:
+            connection.close()
+        until(server.healthy)
+        assert "Traceback" not in server.err.read_text()
+
+
+def test_headers_that_go_on_and_on_are_said_to_be_too_long(server: Running) -> None:
+    until(server.healthy)
+    connection = server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 17_000)
+    answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 431 ") and b"16,384" in answer
+
+
 def test_many_at_once_all_get_their_own(server: Running) -> None:
     until(server.healthy)
     said: dict[int, str] = {}

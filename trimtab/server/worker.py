@@ -8,6 +8,7 @@ It exits with 2 and one sentence where it cannot begin, and with 0 once it was t
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import queue
@@ -110,11 +111,12 @@ class Worker:
         from trimtab.models.adapter import check_base
         from trimtab.server.registry import Registry
 
+        self.held = _alone(options.socket.parent)
         memory.keep_freed_memory(memory.FRUGAL)
         if options.threads is not None and (kernels := native()) is not None:
             kernels.set_threads(options.threads)
         policy = method(options.policy)
-        if not isinstance(policy, Policy) or isinstance(policy, Drafter):
+        if not isinstance(policy, Policy) or isinstance(policy, Drafter) or policy.family() != "serve":
             raise UserError(f"{options.policy} is no policy of serving; `trimtab methods --family serve` lists those")
         if options.adapters is not None and not options.adapters.is_dir():
             raise UserError(f"{options.adapters} is no folder; name one that holds a folder for each adapter")
@@ -143,7 +145,11 @@ class Worker:
         fits = (lambda folder: None) if options.force else (lambda folder: check_base(folder, loaded.hashes))
         self.registry = Registry(options.adapters, self.bank, fits)
         adapters = self.registry.sizes()
-        for name, why in self.registry.broken.items():
+        broken = self.registry.broken
+        if broken and not adapters:
+            name, why = next(iter(broken.items()))
+            raise UserError(f"none of the {len(broken)} adapters in {options.adapters} can be used; {name}: {why}")
+        for name, why in broken.items():
             print(f"the adapter {name} cannot be used: {why}", file=sys.stderr)
         pages, self.vocabulary = _pages(runtime, loaded, form)
         ahead = None
@@ -440,6 +446,17 @@ def _ahead(
     return Speculation(writer, drafter(count), vocabulary=vocabulary, cost=cost), Pages(
         pages.tokens, pages.nbytes + more, pages.fixed + (more if pages.fixed else 0)
     )
+
+
+def _alone(folder: Path) -> int:
+    """Hold the folder of the socket, for as long as this process lives."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise UserError(f"another engine has its socket in {folder}; end it, or give --socket in another one") from None
+    return held
 
 
 def _warm(writer: Any, rows: int) -> float:
