@@ -17,9 +17,10 @@ from typing import Any
 
 from trimtab.core.errors import UserError
 from trimtab.models.pocket import POCKET
+from trimtab.server.pulse import Pulse, beat_of
 from trimtab.server.wire import LONGEST, Ready, State, described, line
 
-REFUSE, CRASH, HANG, EOS, NOISE, BUSY, NEVER = 9000, 9100, 9200, 9300, 9400, 9500, 9600
+REFUSE, CRASH, HANG, EOS, NOISE, BUSY, NEVER, LOOP = 9000, 9100, 9200, 9300, 9400, 9500, 9600, 9700
 CONTEXT = 16_384
 
 
@@ -99,6 +100,8 @@ class Engine:
                 os.kill(os.getpid(), 9)
             if seed == HANG and step == 2:
                 return
+            while seed == LOOP and step == 2:
+                pass
             score = None if asked["logprobs"] is None else -0.1 * (1 + token % 7)
             self.send("tokens", of=[[name, token, score, score and self.top(token, score, asked["logprobs"])]])
             self.tokens += 1
@@ -122,6 +125,12 @@ class Engine:
         self.send("state", **described(State(**counts, **used, resident=("a",), finished={}, evictions=0, rss=10**7)))
 
 
+async def turn(pulse: Pulse) -> None:
+    while True:
+        pulse.turn()
+        await asyncio.sleep(0.1)
+
+
 async def serve(options: argparse.Namespace) -> None:
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         engine = Engine(options, writer)
@@ -137,9 +146,12 @@ async def serve(options: argparse.Namespace) -> None:
                 task.cancel()
 
     server = await asyncio.start_unix_server(client, options.socket, limit=LONGEST)
+    pulse = Pulse(beat_of(Path(options.socket)), options.longest)
+    turns = asyncio.create_task(turn(pulse))
     asyncio.get_running_loop().add_reader(0, lambda: os.read(0, 1) or os.kill(os.getpid(), 9))  # the parent is gone
     async with server:
         await server.serve_forever()
+    turns.cancel()
 
 
 def main() -> None:
@@ -162,6 +174,7 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--hold", type=Path, help="begin once this file is gone")
     parser.add_argument("--fail", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=2.0)
     options = parser.parse_args(sys.argv[2:])
     if options.fail:
         print("trimtab: this engine cannot serve that", file=sys.stderr)

@@ -18,8 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
-from server_engine import CONTEXT, CRASH, HANG, NEVER, NOISE
+from server_engine import CONTEXT, CRASH, HANG, LOOP, NEVER, NOISE
 from server_running import ENGINE, PATIENCE, Running, running, until
+
+from trimtab.server.pulse import Ear, Pulse
 
 SLOW = {"header_seconds": 1.0, "body_seconds": 1.0, "patience": 200, "drain": 1.0}
 
@@ -55,6 +57,53 @@ def test_an_engine_that_dies_or_babbles_ends_what_it_had_and_comes_back(server: 
     assert status == 503 and int(headers["retry-after"]) > 0 and "try again" in answer["error"]["message"]
     until(server.healthy)
     assert server.ask("/v1/completions", {"prompt": "a b", "max_tokens": 2})[1]["choices"][0]["text"] == "a b"
+
+
+@pytest.mark.parametrize("how", ["stopped", "in an endless loop"])
+def test_an_engine_that_hangs_is_killed_and_started_again(tmp_path: Path, how: str) -> None:
+    with running(tmp_path, "--delay", "0.02", silence=2.0) as server:
+        engine = server.child("engine")
+        other = server.raw(server.post("/v1/completions", prompt="a b", max_tokens=10_000, stream=True))
+        other.recv(1)
+        if how == "stopped":
+            engine.send_signal(signal.SIGSTOP)
+        else:
+            asking = server.raw(server.post("/v1/completions", prompt="a b", max_tokens=9, seed=LOOP))
+            assert b" 503 " in read_all(asking)
+        told = read_all(other).decode()
+        assert "the engine gave no sign of life for 2 seconds and was killed; try again" in told
+        until(lambda: not engine.is_running())
+        until(server.healthy)
+        assert server.ask("/v1/completions", {"prompt": "a b", "max_tokens": 2})[1]["choices"][0]["text"] == "a b"
+        assert "no sign of life" in server.err.read_text() and "the engine is back" in server.err.read_text()
+
+
+def test_an_engine_is_not_taken_for_hung_because_it_begins_late_or_its_keeper_slept(tmp_path: Path) -> None:
+    (hold := tmp_path / "hold").touch()
+    with running(tmp_path, "--hold", str(hold), wait=False, silence=1.5) as server:
+        engine = server.child("engine")
+        time.sleep(3)
+        hold.unlink()
+        server.ready()
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        server.process.send_signal(signal.SIGCONT)
+        time.sleep(1)
+        assert server.healthy() and engine.is_running() and server.child("engine").pid == engine.pid
+
+
+def test_a_pulse_stops_with_its_loop_and_an_ear_hears_that(tmp_path: Path) -> None:
+    ear = Ear(tmp_path / "beat", silence=1.2)
+    assert not ear.hung()
+    pulse = Pulse(tmp_path / "beat", longest=1.0)
+    late = time.monotonic() + 3
+    while time.monotonic() < late:
+        pulse.turn()
+        assert not ear.hung()
+        time.sleep(0.05)
+    until(ear.hung, 20)
+    ear.forget()
+    assert not ear.hung()
 
 
 def test_health_says_when_there_is_no_engine(tmp_path: Path) -> None:
@@ -198,6 +247,28 @@ def test_hostile_bytes_break_nothing(server: Running) -> None:
     finally:
         connection.close()
     assert server.healthy() and "Traceback" not in server.err.read_text()
+
+
+def test_more_connections_than_are_held_get_an_answer_and_harm_nobody(tmp_path: Path) -> None:
+    with running(tmp_path, "--delay", "0.02", clients=30) as server:
+        streaming = server.raw(server.post("/v1/completions", prompt="a b", max_tokens=60, stream=True))
+        streaming.recv(1)
+        idle = [server.raw() for _ in range(300)]
+        refused = read_all(idle.pop()).decode()
+        assert refused.startswith("HTTP/1.1 503 ") and "30 connections are open" in refused
+        assert len(psutil.Process(server.child("server.front").pid).net_connections("tcp")) <= 32
+        assert b"[DONE]" in read_all(streaming)
+        for connection in idle:
+            connection.close()
+        until(server.healthy)
+        assert "Traceback" not in server.err.read_text()
+
+
+def test_headers_that_go_on_and_on_are_said_to_be_too_long(server: Running) -> None:
+    until(server.healthy)
+    connection = server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 17_000)
+    answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 431 ") and b"16,384" in answer
 
 
 def test_many_at_once_all_get_their_own(server: Running) -> None:

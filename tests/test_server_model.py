@@ -67,3 +67,22 @@ def test_many_users_of_two_models_get_what_each_model_writes(tmp_path: Path) -> 
     finally:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0, json.dumps(server.err.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_model_that_is_stopped_is_killed_and_comes_back(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", "from trimtab.cli import main; main()", "serve", "pocket", "--port", "0", "--json"]
+    server = Running(tmp_path, [*line, "--threads", "1", "--context", "256"])
+    try:
+        server.ready(seconds=120)
+        (engine := server.child("server.worker")).send_signal(signal.SIGSTOP)
+        status, said, _ = server.ask("/v1/completions", {"prompt": "import os"})
+        assert status == 503 and "no sign of life for 15 seconds" in said["error"]["message"]
+        assert not server.healthy()
+        until(server.healthy, 120)
+        assert server.child("server.worker").pid != engine.pid
+        assert server.ask("/v1/completions", {"prompt": "import os", "max_tokens": 4})[0] == 200
+    finally:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0, server.err.read_text()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from trimtab.core.errors import UserError
 from trimtab.core.level import Level
@@ -616,7 +616,8 @@ def method(name: str, **config: Any) -> Method:
     """The method of that name with that configuration.
 
     Raises:
-        UserError: no such method, no such field, or a value of another type than the field's default.
+        UserError: no such method, no such field, a value of another type than the field's default, or one that is not
+            among those that the field's type names.
 
     >>> method("gptq", damp=0.05).config()
     {'damp': 0.05}
@@ -639,6 +640,9 @@ def method(name: str, **config: Any) -> Method:
             raise UserError(
                 f"method {name}: {key}={value!r} was given, a {type(default).__name__} like {default!r} is needed"
             )
+        kind = get_type_hints(cls)[key]
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UserError(f"method {name}: {key}={value!r} was given; it is one of {', '.join(get_args(kind))}")
     return cls(**config)
 
 

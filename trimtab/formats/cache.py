@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from math import ceil
 from typing import Protocol
 
@@ -22,12 +24,13 @@ from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.level import DENSE_BITS
-from trimtab.core.method import Method, discover, method
+from trimtab.core.method import Cacher, Method, Remembered, discover, method
 from trimtab.core.plan import parse_method
 from trimtab.formats.bitstream import pack_bits, unpack_bits
 
 BLOCK = 64  # tokens that the kernels take together: a cache has room for whole blocks
 PADDING = 32  # channels of values are filled up to a multiple of this
+TRIED = (4, 512)  # tokens and channels on which a method of caches is tried, before there is a model
 _PACKED = re.compile(r"(?P<method>kivi)(?P<bits>[24])(?:/g(?P<group>32|64))?(?:/r(?P<window>\d{1,6}))?")
 
 
@@ -71,6 +74,10 @@ class CacheFormat:
             window = keeper.residual  # type: ignore[attr-defined]
             if not isinstance(window, int) or window < 1:
                 raise UserError(f"the cache {text} has windows of {window} tokens; a window has a whole number of them")
+            try:
+                _try(keeper)
+            except UserError as error:
+                raise UserError(f"the cache {text} does not work, as {TRIED[0]} tokens showed: {error}") from error
             return CacheFormat("fp16", keeper.card.name, window=window, keeper=keeper)
         match = _PACKED.fullmatch(text)
         window = int(match["window"] or 128) if match else 0
@@ -302,6 +309,27 @@ class Remade:
         keys = read[self.key] @ self.key_map.T + self.projection.key_bias
         values = read[self.value] @ self.value_map.T + self.projection.value_bias
         return self.place(keys), values.unflatten(-1, (self.projection.heads, -1)).transpose(-2, -3)
+
+
+@cache
+def _try(keeper: Method) -> None:
+    """Let a method keep a few tokens: what it refuses of its fields, it refuses then."""
+    if negative := [f"{k}={v}" for k, v in keeper.config().items() if isinstance(v, int) and v < 0]:
+        raise UserError(f"{keeper.card.name} was given {', '.join(negative)}; its whole numbers are not negative")
+    tokens, width = TRIED
+    if not isinstance(keeper, Cacher):
+        keeper.decide(Remembered(torch.zeros(1, tokens), torch.zeros(1, tokens)))  # type: ignore[attr-defined]
+        return
+    x, one = torch.zeros(tokens, width), torch.eye(width)
+    gram = {"gram": one} if "gram" in signature(keeper.prepare).parameters else {}
+    heads, stored, needs = x[None, None], None, keeper.needs()
+    for layer in (0, 1000) if "below" in needs else (0,):
+        projection = Projection(layer, one, one, torch.zeros(width), torch.zeros(width), heads=1)
+        given = {
+            **{"queries": heads, "inputs": x, "first": 0, "below": stored, "place": lambda keys: keys[None]},
+            "prepared": keeper.prepare(projection, **gram) if "prepared" in needs else None,
+        }
+        stored = keeper.store(heads, heads, **{name: given[name] for name in needs})
 
 
 def _keepers() -> list[str]:

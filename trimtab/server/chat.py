@@ -21,6 +21,8 @@ SECONDS = 2.0  # a text may take
 CHARACTERS = 4_000_000  # a text may have
 MEMORY = 1 << 30  # bytes of address space of the helper
 LINE = 64 << 20
+NONE = {"tools": None, "documents": None}  # templates ask whether these are none, and not whether they are there
+TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class Template:
@@ -28,7 +30,7 @@ class Template:
 
     Args:
         source: the template; None if the model has none.
-        variables: what it may name beside the messages: `bos_token`, `eos_token`.
+        variables: what it may name beside the messages: `bos_token`, `eos_token` and the like.
         seconds: how long a text may take.
     """
 
@@ -92,16 +94,17 @@ class Template:
 
 def template_of(folder: Path) -> Template:
     """The template in a model's folder: chat_template.jinja, or tokenizer_config.json's own."""
-    path = folder / "tokenizer_config.json"
-    said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    said: dict[str, Any] = {}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        said |= json.loads(path.read_text("utf-8")) if path.is_file() else {}
     source = said.get("chat_template")
     if isinstance(source, list):  # several, by name
         named = {row["name"]: row["template"] for row in source}
         source = named.get("default", next(iter(named.values()), None))
     if (own := folder / "chat_template.jinja").is_file():
         source = own.read_text("utf-8")
-    tokens = {name: said.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    variables = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if v}
+    tokens = {name: said[name] for name in TOKENS if said.get(name)}
+    variables = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
     return Template(source, variables)
 
 
@@ -110,6 +113,8 @@ def rendered(template: str, variables: dict[str, Any], *, most: int = CHARACTERS
 
     >>> rendered("{% for m in messages %}[{{ m.content }}]{% endfor %}", {"messages": [{"content": "a"}]})
     '[a]'
+
+    It is what `apply_chat_template` of transformers gives, where no tools and no documents are given.
     """
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -121,20 +126,21 @@ def rendered(template: str, variables: dict[str, Any], *, most: int = CHARACTERS
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> list[nodes.Node]:
-            next(parser.stream)
-            return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return [nodes.Scope(body, lineno=line)]
 
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    def as_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def as_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     world.filters["tojson"] = as_json
     world.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     parts: list[str] = []
-    for part in world.from_string(template).generate(**variables):
+    for part in world.from_string(template).generate(**NONE | variables):
         if (most := most - len(part)) < 0:
             raise ValueError("the text is too long")
         parts.append(part)

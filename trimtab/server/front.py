@@ -1,7 +1,7 @@
 """The process that speaks HTTP: `python -m trimtab.server.front`; its settings are a line on standard input.
 
-It ends when that input does, so that none is left behind by a parent that was killed; each `ready` of the engine goes
-to standard output as a line.
+It ends when that input does, so that none is left behind by a parent that was killed; a later line on it says why the
+engine is about to be killed. Each `ready` of the engine goes to standard output as a line.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import socket
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -21,10 +22,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.core.errors import UserError
 from trimtab.server.app import build
-from trimtab.server.guard import fault_body
+from trimtab.server.guard import fault_body, too_long
 from trimtab.server.settings import Settings
 from trimtab.server.wire import Ready
 
+BACKLOG = 256  # connections that are taken at once, before one of them is looked at
+FILES = 64  # that this process needs besides connections
 GRACE = 3.0  # seconds after the drain for what was failed to be told
 
 
@@ -39,7 +42,10 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._watch(started=True)
+            if len(self.connections) > settings.clients:
+                self._give_up(503, f"{settings.clients:,} connections are open, and more are not held; try again later")
+            else:
+                self._watch(started=True)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
@@ -79,7 +85,10 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
             self._give_up(408, "the request did not come in time")
 
         def send_400_response(self, msg: str) -> None:
-            self._give_up(400, "this is no HTTP request that can be understood")
+            if getattr(sys.exception(), "error_status_hint", 400) == 431:
+                self._give_up(431, too_long(settings))
+            else:
+                self._give_up(400, "this is no HTTP request that can be understood")
 
         def _give_up(self, status: int, message: str) -> None:
             """Whatever the application would still say goes nowhere."""
@@ -123,7 +132,9 @@ class Server(uvicorn.Server):
             late.cancel()
 
     def _input(self) -> None:
-        if not os.read(sys.stdin.fileno(), 4096):  # the parent is gone
+        if said := os.read(sys.stdin.fileno(), 4096):
+            self._service.link.why = said.decode().strip()
+        else:  # the parent is gone
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
             self.should_exit = True
 
@@ -135,9 +146,17 @@ class Server(uvicorn.Server):
             loop.default_exception_handler(context)
 
 
+def files() -> int:
+    """Files that this process may have open, from now on as many as the system lets it have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return sys.maxsize if most == resource.RLIM_INFINITY else most
+
+
 def main() -> None:
     """Serve until told to stop."""
     settings = Settings(**json.loads(os.fdopen(os.dup(0), "rb", buffering=0).readline()))
+    settings = replace(settings, clients=min(settings.clients, max(1, files() - BACKLOG - FILES)))
     listener = socket.socket(fileno=settings.listener)
 
     def told(ready: Ready) -> None:
@@ -157,7 +176,7 @@ def main() -> None:
         timeout_keep_alive=15,
         timeout_graceful_shutdown=max(1, round(settings.drain + GRACE)),
         h11_max_incomplete_event_size=settings.header,
-        limit_concurrency=settings.clients,
+        backlog=BACKLOG,
     )
     server = Server(config, settings, app)
     server.run([listener])

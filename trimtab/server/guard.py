@@ -41,6 +41,11 @@ def fault_body(status: int, message: str, *, param: str | None = None, code: str
     return {"message": message, "type": kind, "param": param, "code": code}
 
 
+def too_long(settings: Settings) -> str:
+    """What is said of a request whose headers go on and on."""
+    return f"headers and address of more than {settings.header:,} bytes are not read"
+
+
 class Guard:
     """Keys, hosts, sizes, and the line that `--verbose` prints."""
 
@@ -78,7 +83,7 @@ class Guard:
         headers = dict(scope["headers"])
         long = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if long + len(scope["raw_path"]) + len(scope["query_string"]) > self._settings.header:
-            return fault(431, f"headers and address of more than {self._settings.header:,} bytes are not read")
+            return fault(431, too_long(self._settings))
         if scope["path"] != OPEN and (refused := self._unknown(scope["path"], headers)) is not None:
             return refused
         try:

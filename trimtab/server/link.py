@@ -96,6 +96,7 @@ class Link:
         self.state: State | None = None
         self.adapters: tuple[str, ...] = ()
         self.closing: str | None = None
+        self.why = ""  # the engine's connection is about to break
 
     @property
     def under_way(self) -> int:
@@ -161,7 +162,8 @@ class Link:
                 self.ready, self.state = None, None
                 self._writer.close()
                 self._writer = None
-                self._drop(Refused(503, "the engine ended while this was under way; try again", retry_after=2))
+                why = self.why or "the engine ended while this was under way"
+                self._drop(Refused(503, f"{why}; try again", retry_after=2))
 
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["is"]
@@ -186,6 +188,7 @@ class Link:
                 job.put(Event("end", choice, reason=message["reason"]) if kind == "end" else _refusal(message))
 
     def _begin(self, ready: Ready) -> None:
+        self.why = ""
         self._told(ready)
         again = {name: path for name, path in self._changes.items() if (name in ready.adapters) == (path is None)}
         for name, path in again.items():

@@ -94,6 +94,8 @@ class Meter:
         gauge("trimtab:engine_ready", "1 while the engine takes requests.", int(ready is not None))
         gauge("trimtab:adapter_loads", "Adapters read into memory since the engine began.", state.loads if state else 0)
         gauge("trimtab:adapter_evictions", "Adapters put out of memory again.", state.evictions if state else 0)
+        gauge("trimtab:pages", "Pages of tokens that texts hold.", state.pages if state else 0)
+        gauge("trimtab:engine_tokens", "Tokens written since the engine began.", state.tokens if state else 0)
         gauge("trimtab:engine_resident_bytes", "Memory of the engine's process.", state.rss if state else 0)
         return "\n".join(lines) + "\n"
 

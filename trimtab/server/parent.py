@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 
 from trimtab.core.budget import say_bytes
 from trimtab.core.errors import UserError
+from trimtab.server.pulse import Ear, beat_of
 from trimtab.server.settings import Settings
 
 PACKAGES = ("fastapi", "uvicorn", "jinja2", "pydantic")
@@ -42,6 +44,8 @@ class Child:
         given: a line for its standard input.
         handed: number of a socket that it inherits, or None.
         heard: what is done with each line of its standard output; None: it goes to this process' own.
+        ear: hears whether it lives; None: a process that is there counts as one that works.
+        silenced: told why, before it is killed because it gave no sign.
     """
 
     def __init__(
@@ -52,8 +56,11 @@ class Child:
         given: str = "",
         handed: int | None = None,
         heard: Callable[[str], None] | None = None,
+        ear: Ear | None = None,
+        silenced: Callable[[str], None] = lambda why: None,
     ) -> None:
         self.what, self._line, self._given, self._handed, self._heard = what, line, given, handed, heard
+        self._ear, self._silenced = ear, silenced
         self.process: subprocess.Popen[str] | None = None
         self.deaths = 0  # in a row
         self._began = self._again = 0.0
@@ -66,7 +73,11 @@ class Child:
                 self._start()
             return None
         if (code := self.process.poll()) is None:
-            return None
+            if self._ear is None or not self._ear.hung():
+                return None
+            self._silenced(f"the {self.what} gave no sign of life for {self._ear.silence:g} seconds and was killed")
+            self.process.kill()  # a process that is stopped, too
+            code = self.process.wait()
         self._forget()
         self.deaths = 1 if now - self._began > STEADY else self.deaths + 1
         self._again = now + min(POLL * 2 ** (self.deaths - 1), LONGEST_WAIT)
@@ -85,8 +96,17 @@ class Child:
             time.sleep(POLL / 4)
         self._forget()
 
+    def tell(self, line: str) -> None:
+        """Write a line to its standard input, if it is there."""
+        if self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(line + "\n")
+                self.process.stdin.flush()
+
     def _start(self) -> None:
         self._began = time.monotonic()
+        if self._ear is not None:
+            self._ear.forget()
         handed = () if self._handed is None else (self._handed,)
         out = subprocess.PIPE if self._heard else None
         self.process = subprocess.Popen(
@@ -98,9 +118,8 @@ class Child:
             text=True,
             env={name: value for name, value in os.environ.items() if name not in KEYS},
         )
-        if self._given and self.process.stdin is not None:
-            self.process.stdin.write(self._given + "\n")
-            self.process.stdin.flush()
+        if self._given:
+            self.tell(self._given)
         if self.process.stdout is not None:
             threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
 
@@ -175,17 +194,21 @@ def serve(
         settings = replace(settings, socket=str(path), listener=listener.fileno(), local=ip_address(where).is_loopback)
         address = f"http://[{where}]:{listens}" if ":" in where else f"http://{where}:{listens}"
         server = Server(address, model, json)
-        children = (
-            Child("engine", [*engine, "--socket", str(path)]),
-            Child(
-                "HTTP process",
-                [sys.executable, "-m", "trimtab.server.front"],
-                given=jsonlib.dumps(asdict(settings)),
-                handed=listener.fileno(),
-                heard=server.heard,
-            ),
+        front = Child(
+            "HTTP process",
+            [sys.executable, "-m", "trimtab.server.front"],
+            given=jsonlib.dumps(asdict(settings)),
+            handed=listener.fileno(),
+            heard=server.heard,
         )
-        _watch(server, children, listener, settings.drain + GRACE)
+
+        def silenced(why: str) -> None:
+            print(why, file=sys.stderr, flush=True)
+            front.tell(why)
+
+        ear = Ear(beat_of(path), settings.silence)
+        child = Child("engine", [*engine, "--socket", str(path)], ear=ear, silenced=silenced)
+        _watch(server, (child, front), listener, settings.drain + GRACE)
     finally:
         listener.close()
         shutil.rmtree(folder, ignore_errors=True)

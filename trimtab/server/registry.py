@@ -11,7 +11,7 @@ from pathlib import Path
 from trimtab.core.errors import UserError
 from trimtab.engine.adapters import Bank, pooled_bytes
 from trimtab.engine.memory import give_back_freed_memory
-from trimtab.formats.checkpoint import read_header
+from trimtab.formats.checkpoint import Checkpoint, read_header
 from trimtab.formats.peft import CONFIG, PREFIX, WEIGHTS, read_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -52,7 +52,9 @@ class Registry:
         """Bytes that one takes; None where it is damaged, and then it is `broken`."""
         self.broken.pop(name, None)
         try:
-            return _pooled(self.folders[name] / WEIGHTS)
+            if not (weights := self.folders[name] / WEIGHTS).is_file():
+                Checkpoint(self.folders[name])  # says what is there in its place
+            return _pooled(weights)
         except UserError as error:
             self.broken[name] = self._said(error)
             return None

@@ -21,6 +21,7 @@ class Settings:
         patience: tokens that may wait for a client who does not read.
         body, header: bytes of a request, at most.
         clients: connections at once, at most.
+        silence: seconds without a sign of life after which the engine is killed and started again.
     """
 
     socket: str
@@ -37,3 +38,4 @@ class Settings:
     body: int = 2_000_000
     header: int = 16_384
     clients: int = 1000
+    silence: float = 15.0

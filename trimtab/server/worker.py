@@ -8,6 +8,7 @@ It exits with 2 and one sentence where it cannot begin, and with 0 once it was t
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import queue
@@ -22,6 +23,7 @@ from typing import Any
 from trimtab.core.errors import UserError
 from trimtab.core.traffic import Pages
 from trimtab.server import wire
+from trimtab.server.pulse import LONGEST, TIMES, Pulse, beat_of
 
 STATE = 0.25  # seconds from one `state` to the next
 BEHIND = 1 << 16  # messages that may wait for a reader before its connection is closed
@@ -109,11 +111,12 @@ class Worker:
         from trimtab.models.adapter import check_base
         from trimtab.server.registry import Registry
 
+        self.held = _alone(options.socket.parent)
         memory.keep_freed_memory(memory.FRUGAL)
         if options.threads is not None and (kernels := native()) is not None:
             kernels.set_threads(options.threads)
         policy = method(options.policy)
-        if not isinstance(policy, Policy) or isinstance(policy, Drafter):
+        if not isinstance(policy, Policy) or isinstance(policy, Drafter) or policy.family() != "serve":
             raise UserError(f"{options.policy} is no policy of serving; `trimtab methods --family serve` lists those")
         if options.adapters is not None and not options.adapters.is_dir():
             raise UserError(f"{options.adapters} is no folder; name one that holds a folder for each adapter")
@@ -142,7 +145,11 @@ class Worker:
         fits = (lambda folder: None) if options.force else (lambda folder: check_base(folder, loaded.hashes))
         self.registry = Registry(options.adapters, self.bank, fits)
         adapters = self.registry.sizes()
-        for name, why in self.registry.broken.items():
+        broken = self.registry.broken
+        if broken and not adapters:
+            name, why = next(iter(broken.items()))
+            raise UserError(f"none of the {len(broken)} adapters in {options.adapters} can be used; {name}: {why}")
+        for name, why in broken.items():
             print(f"the adapter {name} cannot be used: {why}", file=sys.stderr)
         pages, self.vocabulary = _pages(runtime, loaded, form)
         ahead = None
@@ -150,7 +157,10 @@ class Worker:
             ahead, pages = _ahead(options, loaded, pages, self.context, rows, self.vocabulary)
         elif options.draft_tokens is not None:
             raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
-        _warm(writer, min(rows, self.context, form.window or rows))
+        self.longest = max(LONGEST, TIMES * _warm(writer, min(rows, self.context, form.window or rows)))
+        if ahead is not None:  # a step of which may read all texts from their beginning
+            reads = options.users * -(-self.context // rows)
+            self.longest += reads * _warm(ahead.draft, min(rows, ahead.draft.context))
         pool = _pool(options.memory, max(adapters.values(), default=0))
         least = pages.of(min(LEAST, self.context)) + max(adapters.values(), default=0)
         if pool < least:
@@ -189,7 +199,9 @@ class Worker:
         early.rename(self.socket)  # who sees it can connect
         threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
         parent = os.getppid()
+        pulse = Pulse(beat_of(self.socket), self.longest)
         while not (self.draining and self.service.idle):
+            pulse.turn()
             self._orders()
             if os.getppid() != parent:
                 return  # whoever kept watch is gone
@@ -436,10 +448,23 @@ def _ahead(
     )
 
 
-def _warm(writer: Any, rows: int) -> None:
-    """One step as large as there are: what it needs is then taken, and counted."""
+def _alone(folder: Path) -> int:
+    """Hold the folder of the socket, for as long as this process lives."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise UserError(f"another engine has its socket in {folder}; end it, or give --socket in another one") from None
+    return held
+
+
+def _warm(writer: Any, rows: int) -> float:
+    """One step as large as there are: what it needs is then taken, and counted. The seconds that it took."""
+    began = time.perf_counter()
     writer.advance({0: [0] * rows})
     writer.forget(0)
+    return time.perf_counter() - began
 
 
 def _pool(memory: int | None, largest: int) -> int:
