@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from trimtab.core.method import Drafter
     from trimtab.engine.adapters import Bank
+    from trimtab.engine.learning import Learner
     from trimtab.engine.program import Form
     from trimtab.engine.session import Kept, Runtime, Timing, Writer
     from trimtab.engine.speculation import Speculation, Tally
@@ -49,6 +50,7 @@ class Loaded:
         hashes: those of its weights, and of the model that it was fitted from: an adapter of either fits.
         folder: where its configuration and tokenizer are, or None.
         draft: a model that writes ahead, and how far, see `use_draft`; None: no one does.
+        learner: teaches the draft, or None.
         tally: what the draft of the last text came to.
     """
 
@@ -68,6 +70,7 @@ class Loaded:
     hashes: Callable[[], Collection[str]] = tuple
     folder: Path | None = None
     draft: tuple[Loaded, Drafter] | None = None
+    learner: Learner | None = None
     tally: Tally | None = None
     _writer: Writer | None = None
 
@@ -114,7 +117,8 @@ class Loaded:
         if self.draft is None:
             written = generate(writer, ids, limit - len(ids), **options)  # type: ignore[arg-type]
         else:
-            ahead = self._speculation(limit)
+            draft = self.draft[0]
+            ahead = self.speculation(draft.writer(draft.limit(limit)))
             self.tally = ahead.tally
             written = speculate(writer, ahead, ids, limit - len(ids), **options)  # type: ignore[arg-type]
         for token in written:
@@ -123,6 +127,8 @@ class Loaded:
             if not text.endswith("\ufffd"):
                 yield text[len(said) :]
                 shown, known = known, len(new)
+        if self.learner is not None:
+            self.learner.work()
 
     def generate(self, prompt: str, tokens: int = 64, **options: Any) -> str:
         """The text that goes on from the prompt; see `stream` for the options."""
@@ -149,13 +155,15 @@ class Loaded:
             self.bank, self._writer = self.opened().bank(), None
         self.bank.add(name, adapter)
 
-    def use_draft(self, draft: Loaded, policy: Drafter) -> None:
+    def use_draft(self, draft: Loaded, policy: Drafter, *, learn: bool = False) -> None:
         """From now on another model writes a few tokens ahead, and this one checks them together: its own text, in
         fewer steps.
 
         Args:
             draft: a smaller model with the same tokenizer.
             policy: how many tokens it writes ahead.
+            learn: the draft is distilled from what this one corrects, after each text; what it learned is in memory
+                alone.
 
         Raises:
             UserError: it is no language model, or has another tokenizer.
@@ -169,16 +177,35 @@ class Loaded:
                     "are causal language models with one"
                 )
         check_vocabulary(draft.tokenizer.get_vocab(), self.tokenizer.get_vocab(), draft.name)
-        self.draft = draft, policy
+        self.draft, self.learner = (draft, policy), draft._pupil() if learn else None
 
-    def _speculation(self, context: int) -> Speculation:
+    def _pupil(self) -> Learner:
+        """What teaches this model as a draft."""
+        from trimtab.core.method import Objective, method
+        from trimtab.engine.learning import INTERVAL, LONGEST, RANK, RATE, Learner
+        from trimtab.engine.session import Runtime
+
+        self.share = False
+        if isinstance(runtime := self.opened(), Runtime):
+            runtime.share = False
+        objective = method("osd")
+        assert isinstance(objective, Objective)
+        self.bank, self._writer = runtime.bank(RANK), None
+        context = self.limit(LONGEST)
+        return Learner(self.model, self.bank, objective, rate=RATE, interval=INTERVAL, context=context)
+
+    def speculation(self, writer: Writer, sequences: int = 1) -> Speculation:
+        """The draft at work, through a writer of it with so many sequences."""
+        from trimtab.engine.learning import NAME
         from trimtab.engine.speculation import Speculation, relative_cost
 
         assert self.draft is not None
-        draft, policy = self.draft
-        writer, own = draft.writer(draft.limit(context)), self.opened()
-        vocabulary = own.form.vocabulary if own.form is not None else int(self.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
-        return Speculation(writer, policy, vocabulary=vocabulary, cost=relative_cost(draft.opened(), own))
+        (draft, policy), own = self.draft, self.opened()
+        for sequence in range(sequences if self.learner else 0):
+            writer.use(sequence, NAME)
+        words = own.form.vocabulary if own.form is not None else int(self.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+        cost = relative_cost(draft.opened(), own)
+        return Speculation(writer, policy, vocabulary=words, cost=cost, listener=self.learner)
 
     def writer(self, context: int) -> Writer:
         """What writes text of up to so many tokens; made when it is first asked for, and again for a longer text."""
@@ -366,10 +393,25 @@ def _check_memory(contents: Contents, packed: bool) -> None:
         raise UserError(f"{contents.folder} needs {said_bytes(needed)}, and {said_bytes(free)} are free; {cure}")
 
 
-def drafter(tokens: int | None) -> Drafter:
-    """The policy that drafts so many tokens at a time; None: as many as the acceptance rate has it."""
-    from trimtab.core.method import Drafter, method
+def drafter(draft: str | None, tokens: int | None = None, learn: bool = False) -> Drafter | None:
+    """The policy that `--draft`, `--draft-tokens` and `--learn` ask for; None: there is no draft.
 
+    Args:
+        tokens: so many at a time; None: as many as the acceptance rate has it.
+
+    Raises:
+        UserError: they do not go together, or there are too many tokens.
+    """
+    from trimtab.core.method import Drafter, method
+    from trimtab.engine.program import PROOF
+
+    for option in [*(["--draft-tokens"] if tokens is not None else []), *(["--learn"] if learn else [])]:
+        if draft is None:
+            raise UserError(f"{option} was given without --draft; name the model that writes ahead with --draft")
+    if tokens is not None and not 0 < tokens < PROOF:
+        raise UserError(f"--draft-tokens {tokens} was given; a draft writes 1 to {PROOF - 1} tokens at a time")
+    if draft is None:
+        return None
     policy = method("adaptive-drafting") if tokens is None else method("speculative-decoding", tokens=tokens)
     assert isinstance(policy, Drafter)
     return policy

@@ -34,7 +34,7 @@ def command(
         typer.Option(help="a smaller model with the same tokenizer that writes ahead: the same text, sooner"),
     ] = None,
     draft_tokens: Annotated[
-        int | None, typer.Option(min=1, max=15, help="so many at a time; as the acceptance rate has it by default")
+        int | None, typer.Option(help="1 to 15 at a time; as many as the acceptance rate has it by default")
     ] = None,
     json: o.Json = False,
 ) -> None:
@@ -44,12 +44,10 @@ def command(
 
     import torch
 
-    from trimtab.core.errors import UserError
     from trimtab.kernels.native import native
     from trimtab.loading import drafter, load
 
-    if draft is None and draft_tokens is not None:
-        raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
+    policy = drafter(draft, draft_tokens)
     start = time.perf_counter()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -61,10 +59,10 @@ def command(
         print(note, file=sys.stderr)
     if adapter is not None:
         loaded.add_adapter("adapter", adapter, force=force)
-    if draft is not None:
+    if draft is not None and policy is not None:
         ahead = load(draft, packed=packed)
         ahead.share, ahead.context = packed, context
-        loaded.use_draft(ahead, drafter(draft_tokens))
+        loaded.use_draft(ahead, policy)
     ready = time.perf_counter()
     text = ""
     name = None if adapter is None else "adapter"

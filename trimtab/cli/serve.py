@@ -32,8 +32,9 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="take adapters that were trained on another model")] = False,
     draft: Annotated[str | None, typer.Option(help="a smaller model that writes ahead; texts stay the same")] = None,
     draft_tokens: Annotated[
-        int | None, typer.Option(min=1, max=64, help="at a time; as many as the acceptance rate has it by default")
+        int | None, typer.Option(help="1 to 15 at a time; as many as the acceptance rate has it by default")
     ] = None,
+    learn: Annotated[bool, typer.Option("--learn", help="the draft learns from what the model corrects")] = False,
     queue: Annotated[int, typer.Option(min=0, max=100_000, help="requests that may wait; more are refused")] = 256,
     drain: Annotated[float, typer.Option(min=0, max=3600, help="seconds that texts get to end when it stops")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="threads; all cores by default")] = None,
@@ -71,6 +72,7 @@ def command(
         "--threads": threads,
     }
     said = [part for name, value in asked.items() if value is not None for part in (name, str(value))]
-    engine = [sys.executable, "-m", "trimtab.server.worker", artifact, *said, *(["--force"] if force else [])]
+    said += [name for name, given in (("--force", force), ("--learn", learn)) if given]
+    engine = [sys.executable, "-m", "trimtab.server.worker", artifact, *said]
     settings = Settings(socket="", key=key, admin_key=admin_key, adapters=adapters, drain=drain, verbose=verbose)
     serve(settings, engine, host=host, port=port, model=artifact, json=json)

@@ -19,17 +19,20 @@ class OSD(Objective):
     """The mean over corrected positions of KL(p || q), KL(q || p) or JSD(p, q) = KL(p || m) / 2 + KL(q || m) / 2 with
     m = (p + q) / 2; p is the target's distribution there, q the draft's.
 
-    Positions at which the target refused what the draft proposed are kept with the target's logits; after every
-    `interval` texts the draft is trained on them, at a constant `rate`, and they are thrown away. `engine.speculation.
-    Learner` does that.
+    Positions at which the target refused what the draft proposed are kept with the target's logits, and thrown away
+    once they are learned from; after every `interval` texts the draft that runs takes over what was learned.
+    `engine.learning.Learner` does that.
 
     Args:
         divergence: `forward`, `reverse` or `jsd`; the paper compares them.
         interval: texts from one update to the next (the authors' scripts: 1).
-        rate: of AdamW (the authors' scripts: 1e-5, for a draft of 160 million parameters).
+        rate: of AdamW (the authors' scripts: 1e-5, for all weights of a draft of 160 million parameters; factors take
+            more).
 
     Reference: Liu et al. 2023, arXiv:2310.07177, section 4, algorithm 1.
-    Departures: one draft for all prompts; the paper's routing to one of several, by topic, is left out.
+    Departures: low-rank factors beside the draft's linears are trained, the paper trains all weights; a step for each
+        text, where the paper takes one for the texts of an interval together; the buffer is bounded in bytes; one draft
+        for all prompts, where the paper also routes to one of several by topic.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     >>> float(OSD().loss(logits, logits, None))

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.method import Drafter, Objective
+from trimtab.core.method import Drafter
 from trimtab.core.view import Drafting
 from trimtab.engine.drawing import draw, drawn, probabilities
 from trimtab.engine.session import Timing, Writer
@@ -72,22 +70,26 @@ class Went:
 
 @dataclass
 class Tally:
-    """What drafting came to: steps of the target, tokens that were proposed, and those of them that were accepted."""
+    """What drafting came to: steps of the target, tokens that were proposed, those of them that it looked at, which end
+    with the first that it corrects, and those that it accepted.
+    """
 
     steps: int = 0
     drafted: int = 0
+    looked: int = 0
     accepted: int = 0
 
     def add(self, went: Went) -> None:
         """One more step of a text."""
         self.steps += 1
         self.drafted += went.drafted
+        self.looked += went.accepted + went.corrected
         self.accepted += went.accepted
 
     @property
     def rate(self) -> float:
-        """Accepted of the proposed tokens."""
-        return self.accepted / max(1, self.drafted)
+        """The acceptance rate: accepted of the tokens that the target looked at."""
+        return self.accepted / max(1, self.looked)
 
     @property
     def per_step(self) -> float:
@@ -101,8 +103,8 @@ class Listener(Protocol):
     def corrected(self, sequence: int, position: int, logits: np.ndarray) -> None:
         """The target's logits after the first `position` tokens of a text, where the draft had proposed another one."""
 
-    def ended(self, sequence: int, tokens: Sequence[int]) -> Writer | None:
-        """A text has ended; a draft that takes the old one's place from now on, or None."""
+    def ended(self, sequence: int, tokens: Sequence[int]) -> None:
+        """A text has ended, as these tokens."""
 
 
 def judge(
@@ -192,9 +194,8 @@ class Speculation:
         self.past.pop(sequence, None)
         if self.held.pop(sequence, 0):
             self.draft.forget(sequence)
-        other = self.listener.ended(sequence, tokens) if self.listener and tokens else None
-        if other is not None:
-            self.draft, self.held = other, {}
+        if self.listener and tokens:
+            self.listener.ended(sequence, tokens)
 
     def _count(self, target: Writer, sequence: int, text: Text, spare: int) -> int:
         length, window = len(text.tokens), target.cache.window
@@ -247,64 +248,6 @@ class Speculation:
         self.past.setdefault(sequence, deque(maxlen=PAST)).append((went.drafted, went.accepted))
         self.tally.add(went)
         return went
-
-
-class Learner:
-    """A draft's module, distilled while it serves from what the target corrected: the loss is taken where a proposed
-    token was refused, against the distribution that the target had there.
-
-    Args:
-        module: the draft; gives `logits` for `input_ids`.
-        objective: the loss, of logits `[corrections, vocabulary]` of either.
-        reopen: a writer of the module as it then is.
-        rate: of AdamW, which takes a step for each text of the buffer.
-        interval: texts from one learning to the next, after which the buffer is empty.
-        passes: over the buffer.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        objective: Objective,
-        reopen: Callable[[], Writer],
-        *,
-        rate: float,
-        interval: int,
-        passes: int = 1,
-    ) -> None:
-        self.module, self.objective, self.reopen = module, objective, reopen
-        self.interval, self.passes = interval, passes
-        self.optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0)
-        self.heard: dict[int, list[tuple[int, Tensor]]] = {}
-        self.buffer: list[tuple[list[int], list[tuple[int, Tensor]]]] = []
-        self.texts = self.updates = 0
-
-    def corrected(self, sequence: int, position: int, logits: np.ndarray) -> None:
-        """Keep the target's logits after the first `position` tokens of a text."""
-        self.heard.setdefault(sequence, []).append((position, torch.from_numpy(logits.copy())))
-
-    def ended(self, sequence: int, tokens: Sequence[int]) -> Writer | None:
-        """Put a text into the buffer, and learn where it is time; the draft as it then is."""
-        if found := self.heard.pop(sequence, None):
-            self.buffer.append((list(tokens), found))
-        self.texts += 1
-        if self.texts % self.interval or not self.buffer:
-            return None
-        self._learn()
-        return self.reopen()
-
-    def _learn(self) -> None:
-        self.module.requires_grad_(True)
-        for tokens, found in self.buffer * self.passes:
-            places = torch.tensor([position - 1 for position, _ in found])
-            own = self.module(input_ids=torch.tensor([tokens])).logits[0, places].float()
-            theirs = torch.stack([logits for _, logits in found])[:, : own.shape[1]]
-            loss = self.objective.loss(own[:, : theirs.shape[1]], theirs, None)
-            self.optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimiser.step()
-        self.module.requires_grad_(False)
-        self.buffer, self.updates = [], self.updates + 1
 
 
 def speculate(

@@ -97,6 +97,16 @@ class Meter:
         gauge("trimtab:pages", "Pages of tokens that texts hold.", state.pages if state else 0)
         gauge("trimtab:engine_tokens", "Tokens written since the engine began.", state.tokens if state else 0)
         gauge("trimtab:engine_resident_bytes", "Memory of the engine's process.", state.rss if state else 0)
+        drafted, accepted = (state.drafted, state.accepted) if state else (0, 0)
+        gauge("trimtab:drafted_tokens", "Tokens that the draft wrote since the engine began.", drafted)
+        gauge("trimtab:accepted_tokens", "Those of them that are the model's own.", accepted)
+        gauge(
+            "trimtab:draft_learns",
+            "1 while the draft learns from what is corrected.",
+            int(bool(state and state.learns)),
+        )
+        gauge("trimtab:draft_pieces", "Pieces of texts that it is still to learn from.", state.pieces if state else 0)
+        gauge("trimtab:draft_updates", "Updates of the draft since the engine began.", state.updates if state else 0)
         return "\n".join(lines) + "\n"
 
 

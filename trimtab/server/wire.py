@@ -86,6 +86,8 @@ class State:
         loads, evictions: of adapters so far.
         rss: bytes of the process.
         drafted, accepted: tokens that a draft proposed, and those of them that were written, so far.
+        pieces, updates: of texts that the draft is still to learn from, and how often it got better weights.
+        learns: whether it learns.
     """
 
     tick: int
@@ -104,6 +106,9 @@ class State:
     rss: int
     drafted: int = 0
     accepted: int = 0
+    pieces: int = 0
+    updates: int = 0
+    learns: bool = False
 
 
 def line(kind: str, **fields: Any) -> bytes:

@@ -57,6 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="s-lora")
     parser.add_argument("--draft", help="a smaller model with the same tokenizer, which writes ahead")
     parser.add_argument("--draft-tokens", type=int, help="so many at a time; as the acceptance rate has it by default")
+    parser.add_argument("--learn", action="store_true", help="the draft learns from what the model corrects")
     parser.add_argument("--force", action="store_true")
     return parser
 
@@ -101,13 +102,15 @@ class Worker:
     """The model, the service over it, and who is connected."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
         from trimtab.core.method import Drafter, Policy, method
         from trimtab.engine import memory
         from trimtab.engine.books import Books
         from trimtab.engine.serving import Service
         from trimtab.formats.cache import CacheFormat
         from trimtab.kernels.native import native
-        from trimtab.loading import load
+        from trimtab.loading import drafter, load
         from trimtab.models.adapter import check_base
         from trimtab.server.registry import Registry
 
@@ -120,6 +123,7 @@ class Worker:
             raise UserError(f"{options.policy} is no policy of serving; `trimtab methods --family serve` lists those")
         if options.adapters is not None and not options.adapters.is_dir():
             raise UserError(f"{options.adapters} is no folder; name one that holds a folder for each adapter")
+        drafting = drafter(options.draft, options.draft_tokens, options.learn)
         loaded = load(options.model, packed=True, cache=options.cache)
         for note in loaded.notes:
             print(note, file=sys.stderr)
@@ -153,15 +157,19 @@ class Worker:
             print(f"the adapter {name} cannot be used: {why}", file=sys.stderr)
         pages, self.vocabulary = _pages(runtime, loaded, form)
         ahead = None
-        if options.draft is not None:
-            ahead, pages = _ahead(options, loaded, pages, self.context, rows, self.vocabulary)
-        elif options.draft_tokens is not None:
-            raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
+        if drafting is not None:
+            loaded.use_draft(load(options.draft, packed=True), drafting, learn=options.learn)
+            ahead, pages = _ahead(loaded, pages, self.context, rows, options.users)
         self.longest = max(LONGEST, TIMES * _warm(writer, min(rows, self.context, form.window or rows)))
         if ahead is not None:  # a step of which may read all texts from their beginning
             reads = options.users * -(-self.context // rows)
             self.longest += reads * _warm(ahead.draft, min(rows, ahead.draft.context))
-        pool = _pool(options.memory, max(adapters.values(), default=0))
+        self.learner = loaded.learner
+        if self.learner is not None:
+            if runtime.form is not None:
+                torch.set_num_threads(1)  # more would wait on the cores that the kernels need next
+            self.learner.warm()
+        pool = _pool(options.memory, max(adapters.values(), default=0)) - (self.learner.most if self.learner else 0)
         least = pages.of(min(LEAST, self.context)) + max(adapters.values(), default=0)
         if pool < least:
             raise UserError(
@@ -214,14 +222,22 @@ class Worker:
     def _tick(self) -> None:
         began, before = time.perf_counter(), self.service.tokens
         self._tell(self.service.tick())
+        spent = time.perf_counter() - began
         if (written := self.service.tokens - before) > 0:
-            self.rate = 0.9 * self.rate + 0.1 * written / (time.perf_counter() - began)
+            self.rate = 0.9 * self.rate + 0.1 * written / spent
+        if self.learner is not None:
+            self.learner.between(spent, self.service.idle)
         if time.monotonic() - self.told > STATE:
             self._state()
 
+    @property
+    def _rests(self) -> bool:
+        """Nothing is asked for, and the draft has nothing to learn."""
+        return self.service.idle and not (self.learner is not None and self.learner.buffer)
+
     def _orders(self) -> None:
         """Take what has come; where there is nothing to do, wait for it."""
-        wait = 1.0 if self.service.idle else 0.0 if self.service.books.running else 0.002
+        wait = 1.0 if self._rests else 0.0 if self.service.idle or self.service.books.running else 0.002
         if wait == 1.0 and self.line is not None and self.told:
             self._state()
         try:
@@ -385,6 +401,9 @@ class Worker:
             rss=held_bytes(),
             drafted=service.ahead.tally.drafted if service.ahead else 0,
             accepted=service.ahead.tally.accepted if service.ahead else 0,
+            pieces=len(self.learner.buffer) if self.learner else 0,
+            updates=self.learner.updates if self.learner else 0,
+            learns=self.learner is not None and not self.learner.stopped,
         )
         self.line.say("state", **wire.described(state))
         self.told = 0.0 if service.idle else time.monotonic()
@@ -422,28 +441,17 @@ def _pages(runtime: Any, loaded: Any, form: Any) -> tuple[Pages, int]:
     return Pages(BLOCK, config.num_hidden_layers * layer), config.vocab_size
 
 
-def _ahead(
-    options: argparse.Namespace, loaded: Any, pages: Pages, context: int, rows: int, vocabulary: int
-) -> tuple[Any, Pages]:
-    """The draft, and pages that hold its cache as well."""
-    from trimtab.engine.speculation import Speculation, check_vocabulary, relative_cost
+def _ahead(loaded: Any, pages: Pages, context: int, rows: int, users: int) -> tuple[Any, Pages]:
+    """The draft at work, and pages that hold its cache as well."""
     from trimtab.formats.cache import CacheFormat
-    from trimtab.loading import drafter, load
 
-    draft = load(options.draft, packed=True)
-    if draft.task != "causal-lm" or draft.tokenizer is None:
-        raise UserError(f"{options.draft} is for {draft.task} or has no tokenizer; a draft is a causal language model")
-    check_vocabulary(draft.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), options.draft)
-    count = options.draft_tokens
-    if count is not None and count < 1:
-        raise UserError(f"--draft-tokens {count} was given; give 1 or more")
-    runtime = draft.opened()
-    writer = runtime.open(min(context, draft.limit(context)), sequences=options.users, chunk=rows, paged=True)
+    draft, _ = loaded.draft
+    runtime, room = draft.opened(), min(context, draft.limit(context))
+    writer = runtime.open(room, sequences=users, chunk=rows, paged=True, bank=draft.bank)
     _warm(writer, min(rows, writer.context))
     theirs, _ = _pages(runtime, draft, CacheFormat())
     more = -(-pages.tokens // theirs.tokens) * theirs.nbytes
-    cost = relative_cost(runtime, loaded.opened())
-    return Speculation(writer, drafter(count), vocabulary=vocabulary, cost=cost), Pages(
+    return loaded.speculation(writer, users), Pages(
         pages.tokens, pages.nbytes + more, pages.fixed + (more if pages.fixed else 0)
     )
 
