@@ -107,14 +107,14 @@ def test_text_goes_on_with_the_neurons_of_its_prompt(guide: str) -> None:
     whole = opened(model, None)
     assert isinstance(session, NeuronSession)
     torch.testing.assert_close(session.extend(0, PROMPT), whole.extend(0, PROMPT))
-    chosen, layers = session.chosen[0], feed_forwards(map_of(model))
+    chosen, layers = session.parts[0].neurons, feed_forwards(map_of(model))
     assert [len(some) for some in chosen] == [12, 12]
     for token in (8, 30):
         with only(model, layers, chosen):
             expected = whole.step({0: token})
         torch.testing.assert_close(session.step({0: token}), expected, atol=1e-5, rtol=1e-5)
-    assert session.chosen[0] is chosen and session.written.runs == 4 and session.read.runs == 2
-    assert session.written.seconds > 0
+    assert session.parts[0].neurons is chosen and session.parts[0].read.runs == 2
+    assert session.parts[0].written.runs == 4 and session.parts[0].written.seconds > 0
 
 
 def test_all_neurons_write_the_model_s_text() -> None:
@@ -128,14 +128,15 @@ def test_texts_are_apart_and_a_new_one_chooses_anew() -> None:
     assert isinstance(session, NeuronSession)
     session.extend(0, PROMPT)
     session.extend(1, PROMPT[::-1][:3])
-    first, second = session.chosen[0], session.chosen[1]
+    first, second = session.parts[0].neurons, session.parts[1].neurons
     assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
     alone = session.step({1: 7})
     session.forget(1, 3)
     torch.testing.assert_close(session.step({0: 7, 1: 7})[1], alone[0])
     session.forget(0)
     session.extend(0, PROMPT[::-1][:3])
-    assert all(torch.equal(a, b) for a, b in zip(session.chosen[0], second, strict=True))
+    assert session.parts[0].written.runs == 0
+    assert all(torch.equal(a, b) for a, b in zip(session.parts[0].neurons, second, strict=True))
 
 
 def test_a_prompt_longer_than_a_window_of_a_packed_cache_counts_whole() -> None:
@@ -145,7 +146,10 @@ def test_a_prompt_longer_than_a_window_of_a_packed_cache_counts_whole() -> None:
     assert isinstance(session, NeuronSession) and isinstance(whole, NeuronSession)
     session.extend(0, prompt)
     whole.extend(0, prompt)
-    same = [float(torch.isin(a, b).float().mean()) for a, b in zip(session.chosen[0], whole.chosen[0], strict=True)]
+    same = [
+        float(torch.isin(a, b).float().mean())
+        for a, b in zip(session.parts[0].neurons, whole.parts[0].neurons, strict=True)
+    ]
     assert min(same) > 0.9  # a cache of 16 bits may move one that was near the edge
 
 

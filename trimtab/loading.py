@@ -213,15 +213,16 @@ class Loaded:
         """
         from trimtab.engine.neurons import NeuronSession
 
-        if not isinstance(self._writer, NeuronSession) or self.timing is None:
+        writer, timing = self._writer, self.timing
+        if not isinstance(writer, NeuronSession) or timing is None or 0 not in writer.parts:
             return None
-        chosen, seconds = self._writer.chosen[0], self._writer.written.seconds
+        part = writer.parts[0]
         return {
-            "kept": [len(some) for some in chosen],
-            "of": [at.neurons for at in self._writer.layers],
-            "prompt_seconds": self._writer.read.seconds,
-            "written_seconds": seconds,
-            "share_of_decode": seconds / self.timing.decode if self.timing.decode else 0.0,
+            "kept": [len(some) for some in part.neurons],
+            "of": [at.neurons for at in writer.layers],
+            "prompt_seconds": part.read.seconds,
+            "written_seconds": part.written.seconds,
+            "share_of_decode": part.written.seconds / timing.decode if timing.decode else 0.0,
         }
 
     @property

@@ -219,6 +219,22 @@ def _rows(base: Frozen, rows: Tensor) -> Callable[[Tensor], Tensor]:
 # ---- writing text with some of them
 
 
+@dataclass
+class Part:
+    """The part of the neurons that writes a text.
+
+    Fields:
+        neurons: numbers of those of each layer, `[count]`.
+        forwards: of the linears, with nothing but their part of them, see `narrowed`.
+        read, written: time of the feed-forward layers, for the prompt and for what follows it.
+    """
+
+    neurons: tuple[Tensor, ...]
+    forwards: dict[str, Callable[[Tensor], Tensor]]
+    read: Clock
+    written: Clock
+
+
 class NeuronSession(TorchSession):
     """Reads the beginning of each text with all neurons, and writes on with those that a policy chooses from it.
 
@@ -229,8 +245,7 @@ class NeuronSession(TorchSession):
         sample: gives tokens `[texts, length]`, for policies that prepare themselves on some.
 
     Attributes:
-        chosen: of each sequence, the neurons of each layer.
-        read, written: time of the feed-forward layers, for prompts and for what follows them.
+        parts: of each sequence whose prompt was read, what writes on.
     """
 
     def __init__(
@@ -241,38 +256,35 @@ class NeuronSession(TorchSession):
         sample: Callable[[], Tensor] | None = None,
     ) -> None:
         super().__init__(*rest)
-        self.policy, self.layers = policy, layers
-        self.chosen: dict[int, tuple[Tensor, ...]] = {}
-        self.read, self.written = Clock(), Clock()
-        self._thin: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {}
+        self.policy, self.layers, self.parts = policy, layers, dict[int, Part]()
         self._prepared = policy.prepare(self._texts(sample))
 
     def outputs(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
         """Logits `[tokens, vocabulary]` after each of these tokens of a sequence."""
-        if sequence in self.chosen:
-            with clocked(self.model, self.layers, self.written):
+        if sequence in self.parts:
+            with clocked(self.model, self.layers, self.parts[sequence].written):
                 return super().outputs(tokens, sequence)
         pieces, given = [], []
-        with watched(self.model, self.layers) as seen, clocked(self.model, self.layers, self.read):
-            for first, last in self.cache.cuts(0, len(tokens), len(tokens)):
+        with watched(self.model, self.layers) as seen, clocked(self.model, self.layers) as clock:
+            for first, last in self.cache.cuts(0, len(tokens), len(tokens)):  # what is seen is of the last forward
                 pieces.append(super().outputs(tokens[first:last], sequence))
                 given.append([seen[i].reshape(last - first, -1) for i in range(len(self.layers))])
         if not pieces:
             return super().outputs(tokens, sequence)
         view = Prompted(tuple(torch.cat(layer) for layer in zip(*given, strict=True)), self._prepared)
-        self.chosen[sequence] = tuple(self.policy.decide(view))
-        self._thin[sequence] = narrowed(self.model, self.layers, self.chosen[sequence])
+        chosen = tuple(self.policy.decide(view))
+        self.parts[sequence] = Part(chosen, narrowed(self.model, self.layers, chosen), clock, Clock())
         return torch.cat(pieces)
 
     def forget(self, sequence: int, length: int = 0) -> None:
         """Drop all tokens of a sequence but the first `length`; without any, its neurons are chosen anew."""
         super().forget(sequence, length)
         if length == 0:
-            self.chosen.pop(sequence, None)
-            self._thin.pop(sequence, None)
+            self.parts.pop(sequence, None)
 
     def _lends(self, sequence: int) -> dict[str, Callable[[Tensor], Tensor]]:
-        return super()._lends(sequence) | self._thin.get(sequence, {})
+        part = self.parts.get(sequence)
+        return super()._lends(sequence) | (part.forwards if part is not None else {})
 
     def _texts(self, sample: Callable[[], Tensor] | None) -> Iterator[list[Tensor]]:
         if sample is None:
