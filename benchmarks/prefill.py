@@ -89,7 +89,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     from trimtab.catalogue import keep_benchmark
-    from trimtab.core.method import Policy, method
+    from trimtab.core.method import Scheduler, method
     from trimtab.core.traffic import Pages
     from trimtab.engine.books import Books
     from trimtab.engine.serving import Service
@@ -113,7 +113,7 @@ def main() -> None:
             write_packed(root / "plain", root / "packed", "4b/g32")
         loaded = load(root / "packed", packed=True)
         context, policy = LONGEST + 64, method("s-lora")
-        assert isinstance(policy, Policy)
+        assert isinstance(policy, Scheduler)
         runtime = Runtime(loaded.model, loaded.packed, share=True)
         writer = runtime.open(context, sequences=asked.batch, chunk=asked.rows, paged=True)
         books = Books(policy, asked.rows, asked.batch, context * asked.batch, Pages(64, 64))

@@ -87,7 +87,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     from trimtab.catalogue import keep_benchmark
-    from trimtab.core.method import Policy, method
+    from trimtab.core.method import Scheduler, method
     from trimtab.engine.serving import Order, Service
     from trimtab.formats.peft import read_adapter
     from trimtab.kernels.native import native
@@ -113,7 +113,7 @@ def main() -> None:
         names = [f"adapter-{i:04}" for i in range(ACTIVE)]
         common = {"rate": asked.rate, "seed": asked.seed, "vocabulary": 32000}
 
-        def tried(policy: Policy, known: list[str], memory: int = asked.memory) -> tuple[Outcome, Service]:
+        def tried(policy: Scheduler, known: list[str], memory: int = asked.memory) -> tuple[Outcome, Service]:
             service.books.policy = policy
             for name in list(service.books.resident):
                 service.fetcher.drop(name)  # type: ignore[union-attr]
@@ -139,7 +139,7 @@ def main() -> None:
         worker = Worker(arguments().parse_args([*line, "--users", "16", "--queue", "100000", "--context", "512"]))
         service = worker.service
         s_lora, in_turn, static = method("s-lora"), method("s-lora", cluster=1), method("static-batching")
-        assert isinstance(s_lora, Policy) and isinstance(in_turn, Policy) and isinstance(static, Policy)
+        assert isinstance(s_lora, Scheduler) and isinstance(in_turn, Scheduler) and isinstance(static, Scheduler)
         found: dict[str, Any] = {"registered": len(service.books.known), "pool": service.books.pool}
         cases = {"many": (s_lora, names), "one": (s_lora, names[:1]), "none": (s_lora, []), "static": (static, [])}
         cases["in_turn"] = (in_turn, names)

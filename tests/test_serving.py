@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_adapters import random_adapter
 from test_session import BASE, compiled, make
 
-from trimtab.core.method import Drafter, Policy, discover, method
+from trimtab.core.method import Scheduler, discover, method
 from trimtab.core.traffic import Decision, Pages, View
 from trimtab.engine.books import Books, Broken, replay
 from trimtab.engine.drawing import draw
@@ -22,11 +22,7 @@ from trimtab.engine.serving import End, Event, Order, Prompt, Refused, Service, 
 from trimtab.engine.session import Runtime, generate
 from trimtab.formats.peft import Adapter
 
-POLICIES = sorted(
-    name
-    for name, cls in discover().items()
-    if cls.__module__.startswith("trimtab.serve.") and not issubclass(cls, Drafter)
-)
+POLICIES = sorted(name for name, cls in discover().items() if issubclass(cls, Scheduler))
 CONTEXT, ROWS, PLACES = 96, 16, 5
 
 
@@ -243,7 +239,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
     assert (caught.value.status, caught.value.retry_after) == (429, 7.0)
 
 
-class Greedy(Policy):
+class Greedy(Scheduler):
     """Lets everyone in, fit or not."""
 
     def decide(self, view: View, **extra: Any) -> Decision:

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from trimtab.core.claim import Check, Claim
-from trimtab.core.method import Policy
+from trimtab.core.method import Scheduler
 from trimtab.serve.flover import Flover
 from trimtab.serve.static_batching import StaticBatching
 from trimtab.tasks.counter import Counter
@@ -41,7 +41,7 @@ def measure(lab: Any, seed: int) -> dict[str, float]:
     counter = Counter(seed=seed, threads=1)
     pool = 8 * counter.pages.of(192)
 
-    def tried(policy: Policy, rate: float = float("inf"), places: int = 8) -> Outcome:
+    def tried(policy: Scheduler, rate: float = float("inf"), places: int = 8) -> Outcome:
         asked = calls(REQUESTS, seed=seed, rate=rate, cv=2.0)
         return serve(counter.service(policy, pool, places=places), asked)
 

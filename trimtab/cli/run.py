@@ -36,6 +36,9 @@ def command(
     draft_tokens: Annotated[
         int | None, typer.Option(help="1 to 15 at a time; as many as the acceptance rate has it by default")
     ] = None,
+    neurons: Annotated[
+        str, typer.Option(help="write with a part of the neurons, chosen from the prompt, like coreinfer(share=0.4)")
+    ] = "",
     json: o.Json = False,
 ) -> None:
     """Load and run it here."""
@@ -45,15 +48,17 @@ def command(
     import torch
 
     from trimtab.kernels.native import native
-    from trimtab.loading import drafter, load
+    from trimtab.loading import drafter, load, refuse_beside_neurons
 
     policy = drafter(draft, draft_tokens)
+    if neurons and (adapter is not None or draft is not None):
+        refuse_beside_neurons("an adapter" if adapter is not None else "a draft")
     start = time.perf_counter()
     if threads is not None:
         torch.set_num_threads(threads)
         if (kernels := native()) is not None:
             kernels.set_threads(threads)
-    loaded = load(artifact, model=model, packed=packed, cache=cache)
+    loaded = load(artifact, model=model, packed=packed, cache=cache, neurons=neurons)
     loaded.share, loaded.context = packed, context
     for note in loaded.notes:
         print(note, file=sys.stderr)
@@ -83,6 +88,8 @@ def command(
     if (tally := loaded.tally) is not None:
         counts = {"steps": tally.steps, "drafted": tally.drafted, "accepted": tally.accepted}
         speed["draft"] = counts | {"tokens_per_step": tally.per_step}
+    if (part := loaded.part) is not None:
+        speed["neurons"] = part
     if json:
         seconds = time.perf_counter() - ready
         o.print_json({"prompt": prompt, "text": text, "load_seconds": ready - start, "seconds": seconds, **speed})
@@ -93,3 +100,9 @@ def command(
     if tally is not None:
         rest += f", {tally.per_step:.2f} a step as {tally.accepted} of {tally.drafted} drafted ones were accepted"
     print(f"{first}{rest}; {loaded.engine}", file=sys.stderr)
+    if part is not None:
+        layers = ", ".join(f"{kept} of {whole}" for kept, whole in zip(part["kept"], part["of"], strict=True))
+        spent = (
+            f"{1e3 * part['written_seconds'] / max(done.tokens - 1, 1):.2f} ms a token, {part['share_of_decode']:.0%}"
+        )
+        print(f"neurons that wrote on, layer by layer: {layers}; they took {spent} of the time", file=sys.stderr)

@@ -366,8 +366,26 @@ class Policy(Method):
         """What to do next."""
 
 
+class Scheduler(Policy):
+    """`decide(view) -> Decision`: which requests a server begins in a tick, which adapters come and go, and how much of
+    which prompt is read; see `core.traffic`.
+    """
+
+
 class Drafter(Policy):
     """`decide(view) -> int`: how many tokens a draft proposes before a step of the target; see `core.view.Drafting`."""
+
+
+class Selector(Policy):
+    """`decide(view) -> neurons`: which neurons of each feed-forward layer write on behind a prompt, whole numbers
+    `[count]` a layer; see `core.view.Prompted`.
+    """
+
+    def prepare(self, texts: Iterable[Sequence[Tensor]]) -> Any:
+        """What is worked out once, before the first prompt, from what the neurons give for some texts, `[tokens,
+        neurons]` a layer. Texts are read as they are asked for.
+        """
+        return None
 
 
 @dataclass(frozen=True)

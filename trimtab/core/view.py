@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,16 @@ class Drafting:
     room: int
     past: tuple[tuple[int, int], ...] = ()
     cost: float = 0.1
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt that was read with all neurons, before some of them write on.
+
+    Fields:
+        activations: what the neurons of each feed-forward layer gave, `[tokens, neurons]`, in forward order.
+        prepared: what the policy worked out before the first prompt.
+    """
+
+    activations: tuple[Tensor, ...]
+    prepared: Any = None

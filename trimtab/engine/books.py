@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from trimtab.core.method import Policy
+from trimtab.core.method import Scheduler
 from trimtab.core.traffic import Decision, Pages, Resident, Running, View, Waiting
 
 
@@ -49,7 +49,7 @@ class Books:
         trace: is told what happened at each tick; None: nobody is.
     """
 
-    policy: Policy
+    policy: Scheduler
     rows: int
     places: int
     pool: int

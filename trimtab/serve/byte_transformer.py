@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.core.method import Card, Policy
+from trimtab.core.method import Card, Scheduler
 from trimtab.core.traffic import Decision, View
 from trimtab.parts.admission import Door
 
 
 @dataclass(frozen=True)
-class ByteTransformer(Policy):
+class ByteTransformer(Scheduler):
     """A batch of prompts of n_1 .. n_b tokens is a step of sum n_i rows, where padding takes b max n_i.
 
     A batch begins when the one before has ended, with all its prompts packed; so the packing alone is what it adds to

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.core.method import Card, Policy
+from trimtab.core.method import Card, Scheduler
 from trimtab.core.traffic import Decision, View
 from trimtab.parts.admission import Door
 
 
 @dataclass(frozen=True)
-class Flover(Policy):
+class Flover(Scheduler):
     """One loop over tokens for all: who arrives at tick t begins at t if there is memory, however far the others are.
 
     A newcomer's prompt is read by itself, one a tick, in the step in which the others write their next token.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.core.method import Card, Policy
+from trimtab.core.method import Card, Scheduler
 from trimtab.core.traffic import Decision, View
 from trimtab.parts.admission import Door
 
 
 @dataclass(frozen=True)
-class SLoRA(Policy):
+class SLoRA(Scheduler):
     """Requests of any adapters run in one batch, and free = pool - pages(texts) - bytes(adapters) is one for all.
 
     A request begins, in order of arrival, at any tick in which its text at full length and its adapter fit. Adapters

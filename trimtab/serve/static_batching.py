@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.core.method import Card, Policy
+from trimtab.core.method import Card, Scheduler
 from trimtab.core.traffic import Decision, View
 from trimtab.parts.admission import Door
 
 
 @dataclass(frozen=True)
-class StaticBatching(Policy):
+class StaticBatching(Scheduler):
     """Nobody begins while anybody runs.
 
     Reference: the baseline of Yao et al. 2023, arXiv:2305.13484, and of Yu et al. 2022 (Orca), section 2.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trimtab.core.level import parse_level
-from trimtab.core.method import Policy, Solver, method
+from trimtab.core.method import Scheduler, Solver, method
 from trimtab.core.traffic import Pages
 from trimtab.engine.adapters import Bank, pooled_bytes
 from trimtab.engine.books import Books
@@ -72,7 +72,7 @@ class Counter:
         return Adapter(factors, name, {})
 
     def service(
-        self, policy: Policy, pool: int, adapters: Sequence[str] = (), *, places: int = 8, rows: int = 128
+        self, policy: Scheduler, pool: int, adapters: Sequence[str] = (), *, places: int = 8, rows: int = 128
     ) -> Service:
         """A service with these adapters known, and none in the pool."""
         bank = self.runtime.bank()
