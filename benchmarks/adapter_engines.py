@@ -8,6 +8,7 @@ alone. Nothing of Trimtab is imported for a peer.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -166,9 +167,8 @@ class LlamaCpp:
     told: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, folder: Path, threads: int) -> None:
-        import llama_cpp as api
-
-        self.api: Any = api
+        api: Any = importlib.import_module("llama_cpp")
+        self.api = api
         self.quiet = api.llama_log_callback(lambda *_: None)  # kept, for C calls it
         api.llama_log_set(self.quiet, None)
         file = str(folder / "4b-g32.gguf").encode()
@@ -252,14 +252,13 @@ class Vllm:
     def __init__(self, folder: Path, threads: int) -> None:
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.environ |= VLLM | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
-        from vllm import LLM, SamplingParams
-
-        llm = LLM(
+        vllm: Any = importlib.import_module("vllm")
+        llm = vllm.LLM(
             *(str(folder / "plain"),),
             **{"skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": USERS},
             **{"async_scheduling": False, "disable_log_stats": True, **self.settings},
         )
-        self.engine, self.sampling, self.asked = llm.llm_engine, SamplingParams, 0
+        self.engine, self.sampling, self.asked = llm.llm_engine, vllm.SamplingParams, 0
         self.adapters = self.requests(folder)
 
     def requests(self, folder: Path) -> list[Any]:
@@ -298,9 +297,8 @@ class VllmAdapters(Vllm):
     case = EACH
 
     def requests(self, folder: Path) -> list[Any]:
-        from vllm.lora.request import LoRARequest
-
-        return [LoRARequest(f"user{user}", user + 1, str(adapter(folder, user))) for user in range(USERS)]
+        made: Any = importlib.import_module("vllm.lora.request").LoRARequest
+        return [made(f"user{user}", user + 1, str(adapter(folder, user))) for user in range(USERS)]
 
 
 ENGINES = {"ours": Ours, "peft": Peft, "llama.cpp": LlamaCpp, "vllm": Vllm, "vllm adapters": VllmAdapters}

@@ -16,6 +16,7 @@ A JSON line is printed and appended to records/benchmarks/adapters.jsonl.
 
     python benchmarks/adapters.py --llama PYTHON --vllm PYTHON    # ten minutes, 14 GB of memory, 5 GB of disk
     python benchmarks/adapters.py --small --only ours peft        # two blocks, to see that it runs; nothing is recorded
+    python benchmarks/adapters.py --page                          # docs/adapters.md anew from the newest row
 """
 
 from __future__ import annotations
@@ -202,8 +203,38 @@ def checked(rates: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return {"checks": [asdict(j) for j in judged], "verdict": verdict(judged)} if judged else {}
 
 
+def write_page() -> None:
+    """docs/adapters.md from the newest row."""
+    from trimtab.catalogue import ROOT
+
+    lines = (ROOT / "records" / "benchmarks" / "adapters.jsonl").read_text("utf-8").splitlines()
+    row = json.loads(lines[-1])
+    names = {f"{name}, {case}" for pair in TARGETS for name, _, case in (n.partition(", ") for n in pair[:2])}
+    missing = sorted(names - set(row["found"]))
+    rates = [f"| {n} | {r['tokens_a_second']:.1f} | {r.get('ratio', '')} |" for n, r in row["found"].items()]
+    said = [
+        f"- {c['say']}: {c['left']:.2f} ± {c['half_width']:.2f}, {'held' if c['held'] else 'not held'}"
+        for c in row.get("checks", ())
+    ]
+    versions = [" ".join(pair) for each in row.get("engines", {}).values() for pair in each.items()]
+    table = "\n".join(["| | tokens a second | time of a step to that without adapters |", "|---|---|---|", *rates])
+    text = f"""# Adapters in a batch, beside peers
+
+How fast do eight sequences write text, each with an adapter of its own? `benchmarks/adapters.py` says how it is
+measured, and writes this page from the newest row of `records/benchmarks/adapters.jsonl`: a Llama of 1.1 billion random
+weights, ours at 4b/g32, {row["threads"]} threads of {row["machine"]["cpu"]}, every engine in turns.
+
+{table}
+
+{f"Verdict: {row['verdict']}, over {row['turns']} turns." if said else "No target was judged."}
+"""
+    text += "".join(f"\n{part}\n" for part in ("\n".join(said), ", ".join(dict.fromkeys(versions))) if part)
+    text += f"\nNot measured: {'; '.join(missing)}.\n" if missing else ""
+    (ROOT / "docs" / "adapters.md").write_text(text, "utf-8")
+
+
 def main() -> None:
-    """Measure and record."""
+    """Measure and record, or write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="two blocks; nothing is recorded")
     parser.add_argument("--folder", type=Path, help="where the models lie and stay; a temporary folder otherwise")
@@ -212,7 +243,10 @@ def main() -> None:
     parser.add_argument("--llama", metavar="PYTHON", help="the Python that llama-cpp-python is installed for")
     parser.add_argument("--vllm", metavar="PYTHON", help="the Python that vLLM's build for processors is installed for")
     parser.add_argument("--only", nargs="+", choices=tuple(ENGINES), default=tuple(ENGINES))
+    parser.add_argument("--page", action="store_true", help="write the page, and measure nothing")
     asked = parser.parse_args()
+    if asked.page:
+        return write_page()
 
     from benchmarks.decode import LARGE, SMALL, rounded
     from trimtab.catalogue import keep_benchmark

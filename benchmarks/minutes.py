@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -191,14 +192,15 @@ def optuna(bench: Bench, budgets: Sequence[float], steps: int) -> dict[str, Any]
 
 def whittle(bench: Bench, budgets: Sequence[float]) -> dict[str, Any]:
     """whittle's training strategy, sampler and search on the shared weights."""
-    from syne_tune.config_space import choice
-    from whittle.sampling.random_sampler import RandomSampler
-    from whittle.search.search import multi_objective_search
-    from whittle.training_strategies import SandwichStrategy
-
+    choice = importlib.import_module("syne_tune.config_space").choice
+    sampling, searching = (
+        importlib.import_module(f"whittle.{n}") for n in ("sampling.random_sampler", "search.search")
+    )
     space = {knob.name: choice(list(range(len(knob.options)))) for knob in bench.domain.knobs}
-    strategy = SandwichStrategy(
-        sampler=RandomSampler(space, seed=bench.seed), loss_function=nn.CrossEntropyLoss(reduction="sum"), device="cpu"
+    strategy = importlib.import_module("whittle.training_strategies").SandwichStrategy(
+        sampler=sampling.RandomSampler(space, seed=bench.seed),
+        loss_function=nn.CrossEntropyLoss(reduction="sum"),
+        device="cpu",
     )
 
     def genome_of(config: Mapping[str, Any]) -> Genome:
@@ -248,7 +250,7 @@ def whittle(bench: Bench, budgets: Sequence[float]) -> dict[str, Any]:
             return values["error"], values["flops"]
 
         with contextlib.suppress(StopIteration):  # its search knows numbers of samples, and no time
-            multi_objective_search(objective, space, num_samples=1_000_000, seed=bench.seed, verbose=False)
+            searching.multi_objective_search(objective, space, num_samples=1_000_000, seed=bench.seed, verbose=False)
         found[str(budget)] = race.found(math.inf, partial(bench.test, supernet)) | {"steps": steps}
     return found
 
@@ -344,32 +346,36 @@ def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 def write_page() -> None:
     """docs/minutes.md and docs/minutes.svg from the newest row of each seed."""
     rows = newest()
-    if not rows:
-        return print(f"{RECORD} has no row with budgets of {', '.join(map(str, BUDGETS))} s: measure first")
-    names = [name for name in rows[0]["found"] if all(name in row["found"] for row in rows)]
-    found = checked([row | {"found": {name: row["found"][name] for name in names}} for row in rows])
-    said = "\n".join(f"- {check['say']}: {'held' if check['held'] else 'not held'}" for check in found["checks"])
-    spent = sum(row["cpu_seconds"] for row in rows) / 60
     text = f"""# Searchers by the minute
 
 What does a search find in so many processor seconds of one core? `benchmarks/minutes.py` says how it is measured, and
 writes this page from the newest rows of `records/benchmarks/minutes.jsonl`: `{SPACE}` on CIFAR-10 at {PIXELS} x
 {PIXELS} pixels, the best network within a limit of flops, its accuracy in per cent on {TESTED:,} images that no search
-saw; means over {len(rows)} seeds with 95 % intervals. {spent:.0f} minutes of this processor in all.
+saw, and 95 % intervals over seeds.
 
+An elastic network is one training for every limit; here is one limit, for which it has to be paid whole. A network that
+is trained alone gets every step of its training to itself.
+"""
+    text += measured_part(rows) if rows else "\nNo seed has been measured yet.\n"
+    (DOCS / "minutes.md").write_text(text, "utf-8")
+
+
+def measured_part(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The plot, the table and the checks."""
+    names = [name for name in rows[0]["found"] if all(name in row["found"] for row in rows)]
+    found = checked([{**row, "found": {name: row["found"][name] for name in names}} for row in rows])
+    said = "\n".join(f"- {check['say']}: {'held' if check['held'] else 'not held'}" for check in found["checks"])
+    minutes = sum(row["cpu_seconds"] for row in rows) / 60
+    (DOCS / "minutes.svg").write_text(plot(rows, names), "utf-8")
+    return f"""
 ![Accuracy by processor seconds](minutes.svg)
 
 {table(rows, names)}
 
-Verdict: {found["verdict"]}.
+{len(rows)} seeds, {minutes:.0f} minutes of this processor in all. Verdict: {found["verdict"]}.
 
 {said}
-
-An elastic network is one training for every limit; what is compared here is one limit, for which it has to be paid
-whole. A network trained alone learns for itself in every step, and no other network gets anything of it.
 """
-    (DOCS / "minutes.md").write_text(text, "utf-8")
-    (DOCS / "minutes.svg").write_text(plot(rows, names), "utf-8")
 
 
 def main() -> None:
