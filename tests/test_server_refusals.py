@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import command
-from server_running import adapter_folder
+from server_running import adapter_folder, until
 
 from trimtab.core.errors import UserError
 from trimtab.core.method import discover
@@ -119,5 +119,9 @@ def test_a_server_that_cannot_begin_says_so_once_and_leaves_nothing(
     done = command("serve", artifact, "--port", "0", *options, timeout=300)
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.err
     assert not done.out and not list((folder / "left").glob("trimtab-*"))
-    there = [process.info["environ"] or {} for process in psutil.process_iter(["environ"])]
-    assert not [environ for environ in there if environ.get("TMPDIR") == f"{folder}/left"]
+
+    def there() -> list[int]:
+        found = [(p.pid, p.info["environ"] or {}) for p in psutil.process_iter(["environ"])]
+        return [pid for pid, environ in found if environ.get("TMPDIR") == f"{folder}/left"]
+
+    until(lambda: not there())

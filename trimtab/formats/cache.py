@@ -60,7 +60,7 @@ class CacheFormat:
         """The format that a text names; `CacheFormat.parse(str(format)) == format`.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is none of that name, or its method, tried on a few tokens, refuses its fields.
 
         >>> str(CacheFormat.parse("kivi2")), CacheFormat.parse("kivi4/g64").group
         ('kivi2/g32', 64)

@@ -6,6 +6,7 @@ step can take; and a process that is stopped has no threads that run. Whoever ke
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -43,10 +44,11 @@ class Pulse:
         self._turned = time.monotonic()
 
     def _beat(self) -> None:
-        while self._path.exists():
-            if time.monotonic() - self._turned < self._longest:
-                os.utime(self._path)
-            time.sleep(BEAT)
+        with contextlib.suppress(FileNotFoundError):  # nobody listens any more
+            while True:
+                if time.monotonic() - self._turned < self._longest:
+                    os.utime(self._path)
+                time.sleep(BEAT)
 
 
 class Ear:
