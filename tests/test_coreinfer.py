@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import Said
+from conftest import Said, artifact_of
 from torch import Tensor
 
 from trimtab.core.errors import UserError
@@ -164,6 +164,14 @@ def test_run_says_which_neurons_wrote(cli: Callable[..., Said], tiny: Path) -> N
     assert 0 < found["neurons"]["share_of_decode"] < 1
     said = cli("run", tiny, "--prompt", "def f(", "--tokens", "5", "--neurons", "coreinfer")
     assert said.code == 0 and "layer by layer: 51 of 128, 51 of 128; they took" in said.err
+
+
+def test_packed_weights_are_gathered_too(cli: Callable[..., Said], tiny: Path, tmp_path: Path) -> None:
+    artifact = artifact_of(str(tiny), "rtn @ 8b/g32", tmp_path / "artifact")
+    line = ("run", artifact, "--prompt", "def f(", "--tokens", "8", "--json")
+    part, whole = cli(*line, "--neurons", "coreinfer(share=0.02)"), cli(*line, "--neurons", "coreinfer(share=1.0)")
+    assert part.json()["neurons"]["kept"] == [3, 3]
+    assert whole.json()["text"] == cli(*line, "--cache", "think(prune=0.0)").json()["text"] != part.json()["text"]
 
 
 @pytest.mark.parametrize(

@@ -236,8 +236,10 @@ class Loaded:
     @property
     def part(self) -> dict[str, Any] | None:
         """Which part of the neurons wrote the last text: `kept` and `of` of each layer, and what the feed-forward
-        layers took; None where all did.
+        layers took; None where all did, or none was written.
         """
+        if self.neurons is None:
+            return None
         from trimtab.engine.neurons import NeuronSession
 
         writer, timing = self._writer, self.timing
