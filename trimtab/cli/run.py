@@ -36,6 +36,13 @@ def command(
     draft_tokens: Annotated[
         int | None, typer.Option(min=1, max=15, help="so many at a time; as the acceptance rate has it by default")
     ] = None,
+    flash: Annotated[
+        str | None,
+        typer.Option(help="keep feed-forward weights on disk, and of them so much in memory, like 64MB; needs ReLU"),
+    ] = None,
+    flash_rank: Annotated[
+        int, typer.Option(min=0, help="rank of predictors of the neurons that a token needs; 0: exact, and more memory")
+    ] = 0,
     json: o.Json = False,
 ) -> None:
     """Load and run it here."""
@@ -45,17 +52,24 @@ def command(
     import torch
 
     from trimtab.core.errors import UserError
+    from trimtab.flashing import bytes_of, load_flash, read_of
     from trimtab.kernels.native import native
     from trimtab.loading import drafter, load
 
     if draft is None and draft_tokens is not None:
         raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
+    if flash_rank and flash is None:
+        raise UserError("--flash-rank was given without --flash; say with --flash how much memory there is")
     start = time.perf_counter()
     if threads is not None:
         torch.set_num_threads(threads)
         if (kernels := native()) is not None:
             kernels.set_threads(threads)
-    loaded = load(artifact, model=model, packed=packed, cache=cache)
+    if flash is None:
+        loaded = load(artifact, model=model, packed=packed, cache=cache)
+    else:
+        loaded = load_flash(artifact, bytes_of(flash), rank=flash_rank)
+        loaded.cache = cache
     loaded.share, loaded.context = packed, context
     for note in loaded.notes:
         print(note, file=sys.stderr)
@@ -85,6 +99,8 @@ def command(
     if (tally := loaded.tally) is not None:
         counts = {"steps": tally.steps, "drafted": tally.drafted, "accepted": tally.accepted}
         speed["draft"] = counts | {"tokens_per_step": tally.per_step}
+    if flash is not None:
+        speed["flash"] = read = read_of(loaded)
     if json:
         seconds = time.perf_counter() - ready
         o.print_json({"prompt": prompt, "text": text, "load_seconds": ready - start, "seconds": seconds, **speed})
@@ -94,4 +110,9 @@ def command(
     first = f"{done.prompt} tokens of prompt at {prefill:.1f}/s"
     if tally is not None:
         rest += f", {tally.per_step:.2f} a step as {tally.accepted} of {tally.drafted} drafted ones were accepted"
+    if flash is not None:
+        size, reads = read["bytes_per_token"] / 1e3, read["reads_per_token"]
+        rest += (
+            f", {read['hit_share']:.0%} of the neurons in memory, the rest {size:.1f} kB and {reads:.0f} reads a token"
+        )
     print(f"{first}{rest}; {loaded.engine}", file=sys.stderr)

@@ -370,6 +370,12 @@ class Drafter(Policy):
     """`decide(view) -> int`: how many tokens a draft proposes before a step of the target; see `core.view.Drafting`."""
 
 
+class Resident(Policy):
+    """`decide(view) -> Exchange`: which neurons of a layer are in memory as a token goes through it; see
+    `core.view.Held`.
+    """
+
+
 @dataclass(frozen=True)
 class Trial:
     """A genome that was evaluated.
