@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_adapters import random_adapter
 from test_session import BASE, compiled, make
 
-from trimtab.core.method import Drafter, Policy, Resident, discover, method
+from trimtab.core.method import Drafter, Policy, Resident, Selector, discover, method
 from trimtab.core.traffic import Decision, Pages, View
 from trimtab.engine.books import Books, Broken, replay
 from trimtab.engine.drawing import draw
@@ -25,7 +25,7 @@ from trimtab.formats.peft import Adapter
 POLICIES = sorted(
     name
     for name, cls in discover().items()
-    if cls.__module__.startswith("trimtab.serve.") and not issubclass(cls, Drafter | Resident)
+    if cls.__module__.startswith("trimtab.serve.") and not issubclass(cls, Drafter | Resident | Selector)
 )
 CONTEXT, ROWS, PLACES = 96, 16, 5
 

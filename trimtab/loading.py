@@ -16,7 +16,7 @@ from trimtab.core.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from trimtab.core.method import Drafter
+    from trimtab.core.method import Drafter, Selector
     from trimtab.engine.adapters import Bank
     from trimtab.engine.program import Form
     from trimtab.engine.session import Kept, Runtime, Timing, Writer
@@ -50,6 +50,7 @@ class Loaded:
         folder: where its configuration and tokenizer are, or None.
         draft: a model that writes ahead, and how far, see `use_draft`; None: no one does.
         tally: what the draft of the last text came to.
+        neurons: chooses from each prompt the neurons that write on, see `engine.neurons`; None: all do.
     """
 
     make: Callable[[], nn.Module]
@@ -69,6 +70,7 @@ class Loaded:
     folder: Path | None = None
     draft: tuple[Loaded, Drafter] | None = None
     tally: Tally | None = None
+    neurons: Selector | None = None
     _writer: Writer | None = None
 
     @cached_property
@@ -142,6 +144,8 @@ class Loaded:
 
         if self.task != "causal-lm":
             raise UserError(f"{self.name} is for {self.task}; adapters are for causal language models")
+        if self.neurons is not None:
+            refuse_beside_neurons("an adapter")
         adapter = read_adapter(folder)
         if not force:
             check_base(Path(folder), self.hashes)
@@ -162,6 +166,8 @@ class Loaded:
         """
         from trimtab.engine.speculation import check_vocabulary
 
+        if self.neurons is not None:
+            refuse_beside_neurons("a draft")
         for loaded in (self, draft):
             if loaded.task != "causal-lm" or loaded.tokenizer is None:
                 raise UserError(
@@ -187,7 +193,7 @@ class Loaded:
             whole = self.limit(context)
             self._writer = None  # its cache makes room for the longer one
             room = self.context or min(whole, -(-context // 256) * 256)
-            given: dict[str, Any] = {} if self._compiled else {"sample": self._sample}
+            given: dict[str, Any] = {} if self._compiled else {"sample": self._sample, "neurons": self.neurons}
             self._writer = runtime.open(room, cache=self.cache, bank=self.bank, **given)
         return self._writer
 
@@ -201,13 +207,31 @@ class Loaded:
         return self.runtime
 
     @property
+    def part(self) -> dict[str, Any] | None:
+        """Which part of the neurons wrote the last text: `kept` and `of` of each layer, and what the feed-forward
+        layers took; None where all did.
+        """
+        from trimtab.engine.neurons import NeuronSession
+
+        if not isinstance(self._writer, NeuronSession) or self.timing is None:
+            return None
+        chosen, seconds = self._writer.chosen[0], self._writer.written.seconds
+        return {
+            "kept": [len(some) for some in chosen],
+            "of": [at.neurons for at in self._writer.layers],
+            "prompt_seconds": self._writer.read.seconds,
+            "written_seconds": seconds,
+            "share_of_decode": seconds / self.timing.decode if self.timing.decode else 0.0,
+        }
+
+    @property
     def _compiled(self) -> bool:
         from trimtab.formats.cache import CacheFormat
 
-        return CacheFormat.parse(self.cache).compiled
+        return CacheFormat.parse(self.cache).compiled and self.neurons is None
 
     def _sample(self) -> Any:
-        """Tokens `[texts, length]` of text that Python brings along, for caches that prepare themselves on some."""
+        """Tokens `[texts, length]` of text that Python brings along, for methods that prepare themselves on some."""
         from trimtab.tasks.text import stdlib_documents, token_blocks
 
         length = self.limit(SAMPLE[1])
@@ -250,7 +274,13 @@ class Loaded:
 
 
 def load(
-    path: str | Path, *, model: str | None = None, packed: bool = False, kernels: bool = True, cache: str = "fp16"
+    path: str | Path,
+    *,
+    model: str | None = None,
+    packed: bool = False,
+    kernels: bool = True,
+    cache: str = "fp16",
+    neurons: str = "",
 ) -> Loaded:
     """An artifact of `fit`, a model that others quantised, or any model that `fit` takes, ready to run.
 
@@ -263,17 +293,20 @@ def load(
             are at least as fast, in fp32 as torch does; False: all on torch, which is what `fit` measured.
         cache: to write text, how keys and values are stored: `fp16`, `bf16`, `fp32`, packed by KIVI as `kivi4` or
             `kivi2` with a fraction of the bytes, or as a method keeps them, like `think(prune=0.4)`, on torch.
+        neurons: to write text, what chooses from a prompt the neurons that write on, like `coreinfer(share=0.4)`, on
+            torch; empty: all do.
 
     Raises:
-        UserError: there is nothing of that name, it is damaged, or there is no such cache.
+        UserError: there is nothing of that name, it is damaged, or there is no such cache or choice of neurons.
     """
     from trimtab.formats.cache import CacheFormat
 
-    stored = CacheFormat.parse(cache)
+    CacheFormat.parse(cache)
+    chosen = selector(neurons) if neurons else None
     loaded = _load(path, model, packed, kernels)
-    loaded.cache = cache
-    if not stored.compiled:
-        loaded.runtime = None  # the kernels hold no such cache
+    loaded.cache, loaded.neurons = cache, chosen
+    if not loaded._compiled:
+        loaded.runtime = None  # the kernels hold no such cache, and always run with all neurons
     return loaded
 
 
@@ -372,6 +405,35 @@ def drafter(tokens: int | None) -> Drafter:
 
     policy = method("adaptive-drafting") if tokens is None else method("speculative-decoding", tokens=tokens)
     assert isinstance(policy, Drafter)
+    return policy
+
+
+def refuse_beside_neurons(what: str) -> None:
+    """Say that something does not go together with a choice of neurons."""
+    raise UserError(
+        f"{what} was asked for beside a choice of neurons; texts written with a part of the neurons go through neither "
+        "adapters nor drafts, so leave one of the two out"
+    )
+
+
+def selector(text: str) -> Selector:
+    """The policy that chooses neurons, by its name with its fields.
+
+    Raises:
+        UserError: there is none of that name, or its fields cannot be.
+    """
+    import torch
+
+    from trimtab.core.method import Selector, discover
+    from trimtab.core.plan import parse_method
+    from trimtab.core.view import Prompted
+
+    policy = parse_method(text)
+    if not isinstance(policy, Selector):
+        known = ", ".join(name for name, cls in discover().items() if issubclass(cls, Selector))
+        raise UserError(f"{policy.card.name} was asked to choose neurons, which it does not; these do: {known}")
+    toy = (torch.tensor([[1.0, 2.0]]),)  # what fields cannot be is told before anything is loaded
+    policy.decide(Prompted(toy, policy.prepare([toy])))
     return policy
 
 

@@ -36,6 +36,9 @@ def command(
     draft_tokens: Annotated[
         int | None, typer.Option(min=1, max=15, help="so many at a time; as the acceptance rate has it by default")
     ] = None,
+    neurons: Annotated[
+        str, typer.Option(help="write with a part of the neurons, chosen from the prompt, like coreinfer(share=0.4)")
+    ] = "",
     flash: Annotated[
         str | None,
         typer.Option(help="keep feed-forward weights on disk, and of them so much in memory, like 64MB; needs ReLU"),
@@ -54,19 +57,23 @@ def command(
     from trimtab.core.errors import UserError
     from trimtab.flashing import bytes_of, load_flash, read_of
     from trimtab.kernels.native import native
-    from trimtab.loading import drafter, load
+    from trimtab.loading import drafter, load, refuse_beside_neurons
 
     if draft is None and draft_tokens is not None:
         raise UserError("--draft-tokens was given without --draft; name the model that writes them with --draft")
     if flash_rank and flash is None:
         raise UserError("--flash-rank was given without --flash; say with --flash how much memory there is")
+    if flash is not None and (neurons or adapter is not None or draft is not None):
+        raise UserError("--flash was given beside --neurons, --adapter or --draft; leave one of the two out")
+    if neurons and (adapter is not None or draft is not None):
+        refuse_beside_neurons("an adapter" if adapter is not None else "a draft")
     start = time.perf_counter()
     if threads is not None:
         torch.set_num_threads(threads)
         if (kernels := native()) is not None:
             kernels.set_threads(threads)
     if flash is None:
-        loaded = load(artifact, model=model, packed=packed, cache=cache)
+        loaded = load(artifact, model=model, packed=packed, cache=cache, neurons=neurons)
     else:
         loaded = load_flash(artifact, bytes_of(flash), rank=flash_rank)
         loaded.cache = cache
@@ -101,6 +108,8 @@ def command(
         speed["draft"] = counts | {"tokens_per_step": tally.per_step}
     if flash is not None:
         speed["flash"] = read = read_of(loaded)
+    if (part := loaded.part) is not None:
+        speed["neurons"] = part
     if json:
         seconds = time.perf_counter() - ready
         o.print_json({"prompt": prompt, "text": text, "load_seconds": ready - start, "seconds": seconds, **speed})
@@ -116,3 +125,9 @@ def command(
             f", {read['hit_share']:.0%} of the neurons in memory, the rest {size:.1f} kB and {reads:.0f} reads a token"
         )
     print(f"{first}{rest}; {loaded.engine}", file=sys.stderr)
+    if part is not None:
+        layers = ", ".join(f"{kept} of {whole}" for kept, whole in zip(part["kept"], part["of"], strict=True))
+        spent = (
+            f"{1e3 * part['written_seconds'] / max(done.tokens - 1, 1):.2f} ms a token, {part['share_of_decode']:.0%}"
+        )
+        print(f"neurons that wrote on, layer by layer: {layers}; they took {spent} of the time", file=sys.stderr)

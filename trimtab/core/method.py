@@ -376,6 +376,18 @@ class Resident(Policy):
     """
 
 
+class Selector(Policy):
+    """`decide(view) -> neurons`: which neurons of each feed-forward layer write on behind a prompt, whole numbers
+    `[count]` a layer; see `core.view.Prompted`.
+    """
+
+    def prepare(self, texts: Iterable[Sequence[Tensor]]) -> Any:
+        """What is worked out once, before the first prompt, from what the neurons give for some texts, `[tokens,
+        neurons]` a layer. Texts are read as they are asked for.
+        """
+        return None
+
+
 @dataclass(frozen=True)
 class Trial:
     """A genome that was evaluated.

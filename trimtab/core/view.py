@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,16 @@ class Exchange:
 
     load: NDArray[np.int64]
     drop: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt that was read with all neurons, before some of them write on.
+
+    Fields:
+        activations: what the neurons of each feed-forward layer gave, `[tokens, neurons]`, in forward order.
+        prepared: what the policy worked out before the first prompt.
+    """
+
+    activations: tuple[Tensor, ...]
+    prepared: Any = None

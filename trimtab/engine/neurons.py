@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from trimtab.core.coupling import Coupled, Member
 from trimtab.core.errors import UserError
-from trimtab.engine.session import lent
+from trimtab.core.method import Selector
+from trimtab.core.view import Prompted
+from trimtab.engine.session import TorchSession, lent
 from trimtab.parts.frozen import Frozen
 
 if TYPE_CHECKING:
@@ -120,14 +122,18 @@ class Clock:
 
 @contextmanager
 def clocked(
-    model: nn.Module, layers: Sequence[FeedForward], now: Callable[[], float] = time.perf_counter
+    model: nn.Module,
+    layers: Sequence[FeedForward],
+    clock: Clock | None = None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Clock]:
     """While this lasts, the time of the feed-forward layers is added up, from their first linear to the end of `down`.
 
     Args:
+        clock: what it is added to; a new one by default.
         now: gives seconds; `time.process_time` where other work has the cores.
     """
-    clock, began = Clock(), [0.0]
+    clock, began = clock or Clock(), [0.0]
 
     def start(module: nn.Module, args: Any) -> None:
         began[0] = now()
@@ -208,3 +214,70 @@ def _of(model: nn.Module, path: str) -> nn.Module:
 def _rows(base: Frozen, rows: Tensor) -> Callable[[Tensor], Tensor]:
     weight = base.weight()[rows].contiguous() if base.packed is None else base.packed.take(rows)
     return partial(nn.functional.linear, weight=weight, bias=None if base.bias is None else base.bias[rows])
+
+
+# ---- writing text with some of them
+
+
+class NeuronSession(TorchSession):
+    """Reads the beginning of each text with all neurons, and writes on with those that a policy chooses from it.
+
+    Args:
+        policy: chooses, from what the neurons gave for the first tokens that a sequence is given, its prompt.
+        layers: those of the model.
+        rest: see `TorchSession`.
+        sample: gives tokens `[texts, length]`, for policies that prepare themselves on some.
+
+    Attributes:
+        chosen: of each sequence, the neurons of each layer.
+        read, written: time of the feed-forward layers, for prompts and for what follows them.
+    """
+
+    def __init__(
+        self,
+        policy: Selector,
+        layers: Sequence[FeedForward],
+        *rest: Any,
+        sample: Callable[[], Tensor] | None = None,
+    ) -> None:
+        super().__init__(*rest)
+        self.policy, self.layers = policy, layers
+        self.chosen: dict[int, tuple[Tensor, ...]] = {}
+        self.read, self.written = Clock(), Clock()
+        self._thin: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {}
+        self._prepared = policy.prepare(self._texts(sample))
+
+    def outputs(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
+        """Logits `[tokens, vocabulary]` after each of these tokens of a sequence."""
+        if sequence in self.chosen:
+            with clocked(self.model, self.layers, self.written):
+                return super().outputs(tokens, sequence)
+        pieces, given = [], []
+        with watched(self.model, self.layers) as seen, clocked(self.model, self.layers, self.read):
+            for first, last in self.cache.cuts(0, len(tokens), len(tokens)):
+                pieces.append(super().outputs(tokens[first:last], sequence))
+                given.append([seen[i].reshape(last - first, -1) for i in range(len(self.layers))])
+        if not pieces:
+            return super().outputs(tokens, sequence)
+        view = Prompted(tuple(torch.cat(layer) for layer in zip(*given, strict=True)), self._prepared)
+        self.chosen[sequence] = tuple(self.policy.decide(view))
+        self._thin[sequence] = narrowed(self.model, self.layers, self.chosen[sequence])
+        return torch.cat(pieces)
+
+    def forget(self, sequence: int, length: int = 0) -> None:
+        """Drop all tokens of a sequence but the first `length`; without any, its neurons are chosen anew."""
+        super().forget(sequence, length)
+        if length == 0:
+            self.chosen.pop(sequence, None)
+            self._thin.pop(sequence, None)
+
+    def _lends(self, sequence: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        return super()._lends(sequence) | self._thin.get(sequence, {})
+
+    def _texts(self, sample: Callable[[], Tensor] | None) -> Iterator[list[Tensor]]:
+        if sample is None:
+            raise UserError(
+                f"{self.policy.card.name} prepares itself on a sample of text, and the model was opened without one"
+            )
+        for text in sample():
+            yield [given[0] for given in activations(self.model, self.layers, text[None])]

@@ -36,6 +36,7 @@ from trimtab.formats.packed import Packed
 from trimtab.kernels.native import native
 
 if TYPE_CHECKING:
+    from trimtab.core.method import Selector
     from trimtab.core.modelmap import ModelMap
     from trimtab.engine.cache import Caching
 
@@ -174,7 +175,7 @@ class TorchSession:
         past: Any = self.past.get(sequence)
         length = self.lengths.get(sequence, 0)
         parts: list[Tensor] = []
-        with lent(self.model, {**self.forwards, **self._adapted(self.adapters.get(sequence))}):
+        with lent(self.model, self._lends(sequence)):
             if past is None and self.caching is not None:
                 past = self.caching.new()
             for first, last in self.cache.cuts(length, len(tokens), len(tokens)):
@@ -215,6 +216,10 @@ class TorchSession:
     def use(self, sequence: int, adapter: str | None) -> None:
         """From now on tokens of the sequence go through this adapter of the bank, or through none."""
         _use(self.bank, self.adapters, sequence, adapter)
+
+    def _lends(self, sequence: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        """path -> the forward that a module has for tokens of a sequence."""
+        return {**self.forwards, **self._adapted(self.adapters.get(sequence))}
 
     def _adapted(self, adapter: str | None) -> dict[str, Callable[[Tensor], Tensor]]:
         if adapter is None or self.bank is None:
@@ -341,6 +346,7 @@ class Runtime:
         paged: bool = False,
         sample: Callable[[], Tensor] | None = None,
         most: int = PROOF,
+        neurons: Selector | None = None,
     ) -> Writer:
         """A session: compiled where the model's form is known and the program has proved itself, else on torch.
 
@@ -353,15 +359,17 @@ class Runtime:
             bank: adapters that sequences may use.
             paged: a sequence takes memory for the tokens that it holds, and gives it back when they are forgotten;
                 whoever asks for it sees to it that all of them fit.
-            sample: gives tokens `[texts, length]` for methods of caches that prepare themselves on some.
+            sample: gives tokens `[texts, length]` for methods that prepare themselves on some.
             most: tokens of a step whose logits can be asked for; a draft's are checked so.
+            neurons: chooses from each prompt the neurons that write on; on torch, and without adapters.
 
         Raises:
-            UserError: there is no such cache, or it does not fit into the memory that is free.
+            UserError: there is no such cache, it does not fit into the memory that is free, or there are no neurons to
+                choose from.
         """
         stored = CacheFormat.parse(cache)
-        if not stored.compiled:
-            return self._on_torch(context, stored, bank, sample)
+        if not stored.compiled or neurons is not None:
+            return self._on_torch(context, stored, bank, sample, neurons)
         if self.form is not None:
             check_memory(self.form, self.weights, context, 1 if paged else sequences, self.proved, stored)
         if self.form is not None and not self.proved:
@@ -378,7 +386,12 @@ class Runtime:
         return _session(self.form, self.weights, context, sequences, chunk, stored, bank, paged, most)
 
     def _on_torch(
-        self, context: int, stored: CacheFormat, bank: Bank | None, sample: Callable[[], Tensor] | None
+        self,
+        context: int,
+        stored: CacheFormat,
+        bank: Bank | None,
+        sample: Callable[[], Tensor] | None,
+        neurons: Selector | None = None,
     ) -> Writer:
         for path, matrix in self.weights.matrices.items():
             if self.weights.is_packed(path) and matrix.kind != "embedding":
@@ -388,7 +401,12 @@ class Runtime:
             from trimtab.engine.cache import Caching
 
             caching = Caching(keeper, stored.window, self.model, self.found, sample)
-        return TorchSession(self.model, self.weights.forwards(self.model), context, stored, bank, caching)
+        rest = (self.model, self.weights.forwards(self.model), context, stored, bank, caching)
+        if neurons is None:
+            return TorchSession(*rest)
+        from trimtab.engine.neurons import NeuronSession, feed_forwards
+
+        return NeuronSession(neurons, feed_forwards(self.found), *rest, sample=sample)
 
     def bank(self, most: int = MOST) -> Bank:
         """A place for adapters of this model."""

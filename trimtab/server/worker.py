@@ -99,7 +99,7 @@ class Worker:
     """The model, the service over it, and who is connected."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from trimtab.core.method import Drafter, Policy, Resident, method
+        from trimtab.core.method import Drafter, Policy, Resident, Selector, method
         from trimtab.engine import memory
         from trimtab.engine.books import Books
         from trimtab.engine.serving import Service
@@ -113,7 +113,7 @@ class Worker:
         if options.threads is not None and (kernels := native()) is not None:
             kernels.set_threads(options.threads)
         policy = method(options.policy)
-        if not isinstance(policy, Policy) or isinstance(policy, Drafter | Resident):
+        if not isinstance(policy, Policy) or isinstance(policy, Drafter | Resident | Selector):
             raise UserError(f"{options.policy} is no policy of serving; `trimtab methods --family serve` lists those")
         if options.adapters is not None and not options.adapters.is_dir():
             raise UserError(f"{options.adapters} is no folder; name one that holds a folder for each adapter")
