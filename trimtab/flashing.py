@@ -76,7 +76,7 @@ def load_flash(name: str, room: int, *, rank: int = 0, window: int = 1 << 30, co
     if not file.is_file():
         write(file, source, found, layers, rank, lambda text: print(text, file=sys.stderr))
     model = without(source, layers)
-    runtime = Flash(model, layers, Bundles(file, cold), policy, room)
+    runtime = Flash(model, layers, Bundles(file, cold=cold), policy, room)
     loaded = Loaded(lambda: model, source.tokenizer, source.task, source.name, folder=source.folder)
     loaded.runtime = runtime  # type: ignore[assignment]
     return loaded

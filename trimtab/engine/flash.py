@@ -33,7 +33,7 @@ from trimtab.parts.activity import Deciding, predictor
 if TYPE_CHECKING:
     from trimtab.engine.adapters import Bank
 
-PIECE = 64  # neurons that are read together, at most; beside the layers' memory there is room for so many
+PIECE = 1 << 22  # bytes that are read together, at most; beside the layers' memory there is room for so many
 NEVER = 1 << 40
 
 
@@ -285,7 +285,7 @@ class Layer:
         self._drop(change.drop)
         self.tally.needed += int(self.needed.sum())
         self.tally.met += int((self.needed & (self.places >= 0)).sum())
-        for piece in _pieces(change.load):
+        for piece in self._pieces(change.load):
             records, stop = self._read(piece), self.used + len(piece)
             self.rows[self.used : stop] = records
             self.numbers[self.used : stop], self.places[piece] = piece, np.arange(self.used, stop)
@@ -308,8 +308,12 @@ class Layer:
 
     def _passing(self) -> Any:
         """Neurons that are needed and have no room: read, used and let go, piece by piece."""
-        for piece in _pieces(np.flatnonzero(self.needed & (self.places < 0))):
+        for piece in self._pieces(np.flatnonzero(self.needed & (self.places < 0))):
             yield torch.from_numpy(piece), self._read(piece)
+
+    def _pieces(self, numbers: np.ndarray) -> list[np.ndarray]:
+        count = max(PIECE // self.record, 1)
+        return [numbers[i : i + count] for i in range(0, len(numbers), count)]
 
     def _read(self, numbers: np.ndarray) -> Tensor:
         reads, size = self.file.reads, self.file.bytes
@@ -317,10 +321,6 @@ class Layer:
         self.tally.reads += self.file.reads - reads
         self.tally.bytes += self.file.bytes - size
         return records
-
-
-def _pieces(numbers: np.ndarray) -> list[np.ndarray]:
-    return [numbers[i : i + PIECE] for i in range(0, len(numbers), PIECE)]
 
 
 def _bias(module: nn.Module) -> Tensor | None:

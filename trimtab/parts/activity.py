@@ -33,7 +33,7 @@ class Deciding:
 
 
 def predictor(
-    inputs: Tensor, active: Tensor, rank: int, *, epochs: int = 8, rate: float = 3e-3, batch: int = 64, seed: int = 0
+    inputs: Tensor, active: Tensor, rank: int, *, epochs: int = 8, rate: float = 1e-2, batch: int = 64, seed: int = 0
 ) -> Deciding:
     """Learn from tokens which neurons are active, missed ones and needless ones in balance:
 
