@@ -361,30 +361,18 @@ class Flash:
         deciders = [_decider(file, i, at, modules, rank, s) for i, (at, s) in enumerate(zip(layers, seen, strict=True))]
         records = [4 * file.spec(_name(i, "neurons"), rows=at.neurons)[1] for i, at in enumerate(layers)]
         fixed = sum(d.nbytes for d in deciders)
-        rooms = shared([r * s.needed for r, s in zip(records, seen, strict=True)],
-                       [r * at.neurons for r, at in zip(records, layers, strict=True)], room - fixed)  # fmt: skip
+        least = [r * s.needed for r, s in zip(records, seen, strict=True)]
+        rooms = shared(least, [r * at.neurons for r, at in zip(records, layers, strict=True)], room - fixed)
         if rooms is None:
             what = f"predictors of rank {rank}" if rank else "the rows that decide which neurons are silent"
-            least = fixed + sum(r * s.needed for r, s in zip(records, seen, strict=True))
             raise UserError(
                 f"{said_bytes(room)} were asked for as memory of feed-forward weights, and a token of a sample needed "
-                f"{said_bytes(least - fixed)} of neurons, beside {said_bytes(fixed)} of {what}; give at least "
-                f"{-(-least // 10**6)}MB"
+                f"{said_bytes(sum(least))} of neurons, beside {said_bytes(fixed)} of {what}; give at least "
+                f"{-(-(fixed + sum(least)) // 10**6)}MB"
             )
         self.layers = [
-            Layer(
-                i,
-                at,
-                modules,
-                file,
-                policy,
-                rooms[i],
-                deciders[i],
-                None if rank else seen[i].decider,
-                limit,
-                self.tally,
-            )
-            for i, at in enumerate(layers)
+            Layer(i, at, modules, file, policy, rooms[i], deciders[i], None if rank else s.decider, limit, self.tally)
+            for i, (at, s) in enumerate(zip(layers, seen, strict=True))
         ]
         self.held_bytes = fixed + sum(layer.rows.nbytes for layer in self.layers)
 
@@ -456,7 +444,7 @@ def _described(file: Bundles, layers: Sequence[FeedForward]) -> tuple[int, list[
     try:
         rank = int(file.metadata["rank"])
         seen = [Seen(int(s["decider"]), int(s["needed"])) for s in json.loads(file.metadata["seen"])]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         rank, seen = -1, []
     sound = all(0 <= s.decider < len(at.makers) and 0 < s.needed <= at.neurons for s, at in zip(seen, layers))  # noqa: B905
     if rank < 0 or len(seen) != len(layers) or not sound:

@@ -50,7 +50,7 @@ def predictor(
         Vu), arXiv:2310.17157.
 
     >>> x = torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
-    >>> made = predictor(x, x > 0, 4)
+    >>> made = predictor(x, x > 0, 4, epochs=40)
     >>> bool(((made(x) > 0) == (x > 0)).float().mean() > 0.9)
     True
     """
