@@ -39,6 +39,13 @@ def command(
     neurons: Annotated[
         str, typer.Option(help="write with a part of the neurons, chosen from the prompt, like coreinfer(share=0.4)")
     ] = "",
+    flash: Annotated[
+        str | None,
+        typer.Option(help="keep feed-forward weights on disk, and of them so much in memory, like 64MB; needs ReLU"),
+    ] = None,
+    flash_rank: Annotated[
+        int, typer.Option(min=0, help="rank of predictors of the neurons that a token needs; 0: exact, and more memory")
+    ] = 0,
     json: o.Json = False,
 ) -> None:
     """Load and run it here."""
@@ -47,10 +54,17 @@ def command(
 
     import torch
 
+    from trimtab.core.budget import parse_bytes
+    from trimtab.core.errors import UserError
+    from trimtab.flashing import load_flash, read_of
     from trimtab.kernels.native import native
     from trimtab.loading import drafter, load, refuse_beside_neurons
 
     policy = drafter(draft, draft_tokens)
+    if flash_rank and flash is None:
+        raise UserError("--flash-rank was given without --flash; say with --flash how much memory there is")
+    if flash is not None and (neurons or adapter is not None or draft is not None):
+        raise UserError("--flash was given beside --neurons, --adapter or --draft; leave one of the two out")
     if neurons and (adapter is not None or draft is not None):
         refuse_beside_neurons("an adapter" if adapter is not None else "a draft")
     start = time.perf_counter()
@@ -58,7 +72,11 @@ def command(
         torch.set_num_threads(threads)
         if (kernels := native()) is not None:
             kernels.set_threads(threads)
-    loaded = load(artifact, model=model, packed=packed, cache=cache, neurons=neurons)
+    if flash is None:
+        loaded = load(artifact, model=model, packed=packed, cache=cache, neurons=neurons)
+    else:
+        loaded = load_flash(artifact, parse_bytes(flash, "flash"), rank=flash_rank)
+        loaded.cache = cache
     loaded.share, loaded.context = packed, context
     for note in loaded.notes:
         print(note, file=sys.stderr)
@@ -88,6 +106,8 @@ def command(
     if (tally := loaded.tally) is not None:
         counts = {"steps": tally.steps, "drafted": tally.drafted, "accepted": tally.accepted}
         speed["draft"] = counts | {"tokens_per_step": tally.per_step}
+    if flash is not None:
+        speed["flash"] = read = read_of(loaded)
     if (part := loaded.part) is not None:
         speed["neurons"] = part
     if json:
@@ -99,6 +119,11 @@ def command(
     first = f"{done.prompt} tokens of prompt at {prefill:.1f}/s"
     if tally is not None:
         rest += f", {tally.per_step:.2f} a step as {tally.accepted} of {tally.drafted} drafted ones were accepted"
+    if flash is not None:
+        size, reads = read["bytes_per_token"] / 1e3, read["reads_per_token"]
+        rest += (
+            f", {read['hit_share']:.0%} of the neurons in memory, the rest {size:.1f} kB and {reads:.0f} reads a token"
+        )
     print(f"{first}{rest}; {loaded.engine}", file=sys.stderr)
     if part is not None:
         layers = ", ".join(f"{kept} of {whole}" for kept, whole in zip(part["kept"], part["of"], strict=True))

@@ -376,6 +376,12 @@ class Drafter(Policy):
     """`decide(view) -> int`: how many tokens a draft proposes before a step of the target; see `core.view.Drafting`."""
 
 
+class Pager(Policy):
+    """`decide(view) -> Exchange`: which neurons of a layer are in memory as a token goes through it; see
+    `core.view.Held`.
+    """
+
+
 class Selector(Policy):
     """`decide(view) -> neurons`: which neurons of each feed-forward layer write on behind a prompt, whole numbers
     `[count]` a layer; see `core.view.Prompted`.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -53,6 +55,31 @@ class Drafting:
     room: int
     past: tuple[tuple[int, int], ...] = ()
     cost: float = 0.1
+
+
+@dataclass(frozen=True)
+class Held:
+    """The neurons of one feed-forward layer, before a token goes through it.
+
+    Fields:
+        idle: tokens since each neuron was last needed, `[neurons]`: 0 where this one needs it, 1 where the last did.
+        held: which are in memory, bools `[neurons]`.
+        room: bytes that the layer has in memory.
+        record: bytes of a neuron.
+    """
+
+    idle: NDArray[np.int64]
+    held: NDArray[np.bool_]
+    room: int
+    record: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a layer's memory takes in and lets go, numbers of neurons in rising order."""
+
+    load: NDArray[np.int64]
+    drop: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
