@@ -239,7 +239,7 @@ def test_run_writes_the_model_s_own_text(relu: Path, tmp_path: Path, monkeypatch
     [
         ("pocket-lm", ["--flash", "64MB"], "take a model with ReLU"),
         ("pocket-cnn", ["--flash", "64MB"], "give a causal language model"),
-        ("pocket-lm", ["--flash", "much"], "no size"),
+        ("pocket-lm", ["--flash", "much"], "is not a positive number"),
         ("pocket-lm", ["--flash-rank", "8"], "without --flash"),
         ("pocket-lm", ["--flash", "64MB", "--draft", "pocket-lm"], "leave one of the two out"),
         ("no-model", ["--flash", "64MB"], "there is no model"),
