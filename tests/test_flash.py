@@ -25,14 +25,24 @@ from trimtab.flashing import load_flash
 from trimtab.formats.bundles import Bundles
 from trimtab.models.pocket import POCKET
 from trimtab.parts.activity import predictor
+from trimtab.parts.frozen import Frozen
 from trimtab.serve.llm_in_a_flash import LLMInAFlash
 
 TOKENS = torch.randint(99, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 def made(kind: str, activation: str = "relu") -> nn.Module:
-    """A small model; `opt` has biases and no gate, `fused` one linear for gate and up."""
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
+    """A small model; `opt` has biases and no gate, `gpt2` transposed matrices, `fused` one linear for gate and up."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+    )
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -42,6 +52,10 @@ def made(kind: str, activation: str = "relu") -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.1)
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=99, n_embd=16, n_inner=40, n_layer=2, n_head=2, activation_function=activation)
+        )
     elif kind == "fused":
         model = Phi3ForCausalLM(Phi3Config(**sizes, intermediate_size=40, hidden_act=activation, pad_token_id=0))
     else:
@@ -56,7 +70,7 @@ def opened(
     watch = Watch(model, layers, rank)
     activations(model, layers, TOKENS)
     watch.close()
-    write_flash(path, watch, lambda p: model.get_parameter(f"{p}.weight"), torch.float32)
+    write_flash(path, watch, lambda p: Frozen(model.get_submodule(p)).weight(), torch.float32)
     return Flash(model, layers, Bundles(path), LLMInAFlash(window), room, **options), layers
 
 
@@ -107,7 +121,7 @@ def test_a_room_is_shared_and_never_exceeded(layers: list[tuple[int, int]], room
 # ---- what is written
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt", "fused"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "fused", "gpt2"])
 @pytest.mark.parametrize(("room", "window"), [(1 << 20, 5), (11_000, 5), (11_000, 0), (11_000, 100)])
 def test_exact_gives_what_the_whole_model_gives(tmp_path: Path, kind: str, room: int, window: int) -> None:
     model = made(kind)
