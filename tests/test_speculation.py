@@ -29,6 +29,7 @@ from trimtab.kernels.native import native
 from trimtab.serve.adaptive_drafting import AdaptiveDrafting
 from trimtab.serve.speculative_decoding import SpeculativeDecoding
 from trimtab.server.worker import main
+from trimtab.tasks.drafts import padded, topics
 
 PROMPT = [5, 17, 3, 88, 41, 2, 60]
 SMALLER = BASE | {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 40}
@@ -321,6 +322,24 @@ def test_a_worker_says_what_is_wrong_with_a_draft(
     with pytest.raises(SystemExit) as caught:
         main(["pocket", "--socket", str(tmp_path / "engine"), *options])
     assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+# ---- what claims and benchmarks try it on
+
+
+def test_a_padded_target_is_the_same_function() -> None:
+    model = make("LlamaForCausalLM", BASE)
+    wide, tokens = padded(model, 160), torch.tensor([PROMPT])
+    assert wide.model.layers[0].mlp.down_proj.weight.shape == (48, 160)
+    assert torch.allclose(wide(input_ids=tokens).logits, model(input_ids=tokens).logits, atol=1e-5)
+
+
+def test_prompts_of_a_topic_are_of_one_document_where_that_is_asked() -> None:
+    tokenizer = trimtab.load("pocket").tokenizer
+    wide, narrow = (topics(tokenizer, 0, 6, 24, within=within) for within in (0, 1))
+    assert list(narrow) == ["code", "prose", "tables"] and wide != narrow
+    assert {len(prompt) for prompts in narrow.values() for prompt in prompts} == {24}
+    assert topics(tokenizer, 0, 6, 24, within=1) == narrow
 
 
 # ---- what a draft learns by

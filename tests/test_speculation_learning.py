@@ -204,10 +204,14 @@ def test_pieces_become_short_where_they_take_long() -> None:
 
 @pytest.mark.parametrize("context", [128, 20])
 def test_warming_up_changes_nothing(context: int) -> None:
-    learner, _ = pupil(context=context)
+    learner, _ = pupil(context=context, longest=60.0)
     assert learner.length == context, "no more than the draft knows positions"
     before = [p.clone() for factor in learner.factors.values() for p in (factor.a, factor.b)]
     learner.warm()
+    assert learner.length == context
+    learner.longest = 0.0
+    learner.warm()
+    assert learner.length == min(SHORTEST, context)
     after = [p for factor in learner.factors.values() for p in (factor.a, factor.b)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

@@ -157,13 +157,18 @@ class Learner:
         return spent
 
     def warm(self) -> None:
-        """Take what a step needs, so that it is counted: a pass over the longest piece that changes nothing."""
+        """Take what a step needs, so that it is counted: a pass over the longest piece that changes nothing, and tells
+        how long pieces may be.
+        """
+        start = time.perf_counter()
         logits = self._logits([0] * self.context)
         logits.sum().backward()  # type: ignore[no-untyped-call]
         for group in self.optimiser.param_groups:
             for parameter in group["params"]:
                 parameter.grad.zero_()
         self.optimiser.step()
+        share = self.longest / (time.perf_counter() - start)
+        self.length = max(min(SHORTEST, self.context), min(self.context, int(share * self.context)))
 
     def _logits(self, tokens: list[int]) -> torch.Tensor:
         with lent(self.module, {path: factor.forward for path, factor in self.factors.items()}):

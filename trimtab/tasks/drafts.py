@@ -12,7 +12,7 @@ def topics(tokenizer: Any, seed: int, count: int, length: int, within: int = 0) 
     """Prompts of so many tokens: of code, of English prose and of tables of numbers, all that Python brings along.
 
     Args:
-        within: of so many documents a topic, which are long; 0: of all.
+        within: all of a topic are from so many documents, which are long; 0: each is from one of its own.
     """
     from importlib.resources import files
     from pydoc_data.topics import topics as prose
@@ -25,13 +25,17 @@ def topics(tokenizer: Any, seed: int, count: int, length: int, within: int = 0) 
     texts = ([d.text for d in stdlib_documents("test")], list(prose.values()), sorted(tables))
     rng, found = np.random.default_rng(seed), {}
     for name, documents in zip(TOPICS, texts, strict=True):
-        tokens = [t for t in (tokenizer(d)["input_ids"] for d in documents) if len(t) > 4 * length]
         if within:
-            longest = sorted(tokens, key=len, reverse=True)[: 10 * within]
-            tokens = [longest[i] for i in rng.permutation(len(longest))[:within]]
-        drawn = [tokens[i] for i in rng.integers(len(tokens), size=count)]
-        starts = [int(rng.integers(length, len(t) - length)) for t in drawn]
-        found[name] = [t[start : start + length] for t, start in zip(drawn, starts, strict=True)]
+            documents = sorted(documents, key=len, reverse=True)[: 10 * within]
+        pool: list[list[int]] = []
+        for i in rng.permutation(len(documents)):
+            if len(tokens := tokenizer(documents[i])["input_ids"]) > 4 * length:
+                pool.append(tokens)
+            if len(pool) == (within or count):
+                break
+        drawn = [pool[i % len(pool)] for i in range(count)]
+        starts = [int(rng.integers(length, len(tokens) - length)) for tokens in drawn]
+        found[name] = [tokens[start : start + length] for tokens, start in zip(drawn, starts, strict=True)]
     return found
 
 
