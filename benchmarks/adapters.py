@@ -248,9 +248,12 @@ def main() -> None:
     if asked.page:
         return write_page()
 
+    import torch
+
     from benchmarks.decode import LARGE, SMALL, rounded
     from trimtab.catalogue import keep_benchmark
 
+    torch.set_num_threads(asked.threads)
     load, sizes = os.getloadavg()[0], SMALL if asked.small else LARGE
     peft = sys.executable if importlib.util.find_spec("peft") else None
     pythons = {"ours": sys.executable, "peft": peft, "llama.cpp": asked.llama}
