@@ -242,7 +242,7 @@ def test_a_share_of_the_rows_is_kept_and_no_more() -> None:
         ("mezo", {"eps": 0.0}, "above 0"),
         ("mezo", {"queries": 0}, "above 0"),
         ("sparse-mezo", {"share": 0.0}, "share"),
-        ("sparse-mezo", {"select": "large"}, "'small' or 'random'"),
+        ("sparse-mezo", {"select": "large"}, "one of small, random"),
         ("zo-conservative", {"eps": -1.0}, "above 0"),
         ("zo-hybrid", {"last": 3}, "1 to 2"),
         ("wta-crs", {"share": 1.5}, "above 0 up to 1"),

@@ -20,6 +20,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.knob import Domain, Knob
 from trimtab.core.method import Hunt, Searcher, Trial, discover, method
 from trimtab.engine.hunting import Rung
+from trimtab.nas.deeparchitect import DeepArchitect
 from trimtab.nas.evolution import Evolution
 from trimtab.nas.linas import LINAS
 from trimtab.nas.mo_asha import MOASHA
@@ -310,7 +311,7 @@ def test_a_peer_that_is_not_installed_says_what_to_install(
         (method("pymoo-nsga2", size=1), "size=1"),
         (method("enas", memory=-1.0), "memory=-1.0"),
         (method("functional-hash", sample=0), "sample=0"),
-        (method("deeparchitect", by="dfs"), "by='dfs'"),
+        (DeepArchitect(by="dfs"), "by='dfs'"),  # type: ignore[arg-type]
         (method("deeparchitect", by="smbo", explore=2.0), "explore=2.0"),
         (method("fbnetv3", draws=1), "draws=1"),
         (method("simq-nas", shapes=0), "shapes=0"),

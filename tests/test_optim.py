@@ -163,7 +163,7 @@ def test_leading_vectors_are_those_of_the_decomposition() -> None:
         ("gptq", {}, "updates no parameters"),
         ("apolo", {}, "did you mean 'apollo'"),
         ("apollo", {"ranks": 3}, "no field 'ranks'"),
-        ("apollo", {"projection": "svd"}, "'gaussian' or 'buckets'"),
+        ("apollo", {"projection": "svd"}, "one of gaussian, buckets"),
         ("sgd", {"momentum": 1.0}, "0 to below 1"),
         ("mkor", {}, "give means"),
         ("mkor", {"gamma": 1.0, "means": Means(nn.Identity())}, "gamma is above 0"),

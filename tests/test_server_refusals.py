@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +99,14 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / "no-tokenizer" / name).unlink()
     for adapter in adapter_folder(tmp_path / "pickles").iterdir():
         (adapter / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    (tmp_path / "left").mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def left() -> Iterator[str]:
+    """Where temporary files go, with a name short enough for a socket in it."""
+    with tempfile.TemporaryDirectory() as name:
+        yield name
 
 
 @pytest.mark.slow
@@ -112,16 +120,16 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_a_server_that_cannot_begin_says_so_once_and_leaves_nothing(
-    artifact: str, options: tuple[str, ...], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: str, options: tuple[str, ...], said: str, folder: Path, left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("TMPDIR", str(folder / "left"))
+    monkeypatch.setenv("TMPDIR", left)
     done = command("serve", artifact, "--port", "0", *options, timeout=300)
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.err
-    assert not done.out and not list((folder / "left").glob("trimtab-*"))
+    assert not done.out and not list(Path(left).glob("trimtab-*"))
 
     def there() -> list[int]:
         found = [(p.pid, p.info["environ"] or {}) for p in psutil.process_iter(["environ"])]
-        return [pid for pid, environ in found if environ.get("TMPDIR") == f"{folder}/left"]
+        return [pid for pid, environ in found if environ.get("TMPDIR") == left]
 
     until(lambda: not there())
