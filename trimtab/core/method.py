@@ -651,6 +651,7 @@ def method(name: str, **config: Any) -> Method:
         raise UserError(f"unknown method {name!r}{did_you_mean(name, known)}; `trimtab methods` lists all {len(known)}")
     cls = known[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    kinds = get_type_hints(cls) if config else {}
     for key, value in list(config.items()):
         if key not in fields:
             hint = f"its fields are {', '.join(fields)}" if fields else "it has none"
@@ -664,7 +665,7 @@ def method(name: str, **config: Any) -> Method:
             raise UserError(
                 f"method {name}: {key}={value!r} was given, a {type(default).__name__} like {default!r} is needed"
             )
-        kind = get_type_hints(cls)[key]
+        kind = kinds[key]
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise UserError(f"method {name}: {key}={value!r} was given; it is one of {', '.join(get_args(kind))}")
     return cls(**config)

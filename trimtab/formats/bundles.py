@@ -104,9 +104,9 @@ class Bundles:
             self._file = os.open(self.path, os.O_RDONLY)
         except OSError as reason:
             raise UserError(f"{self.path}: cannot be read: {reason.strerror}; name a file that can") from None
-        self._advise(0, 0, "POSIX_FADV_RANDOM")
+        self._advise("POSIX_FADV_RANDOM")
         if cold:
-            self._advise(0, 0, "POSIX_FADV_DONTNEED")
+            self._advise("POSIX_FADV_DONTNEED")
         self._before = blocks_read()
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class Bundles:
         else:
             fill(range(len(wanted)))
         if self.cold:
-            self._advise(0, 0, "POSIX_FADV_DONTNEED")
+            self._advise("POSIX_FADV_DONTNEED")
         self.reads, self.bytes = self.reads + len(wanted), self.bytes + places[-1]
         self.seconds += time.perf_counter() - start
         return made
@@ -203,10 +203,10 @@ class Bundles:
             data += more
         return data
 
-    def _advise(self, start: int, count: int, what: str) -> None:
+    def _advise(self, what: str) -> None:
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # a system that takes no advice reads all the same
-                os.posix_fadvise(self._file, start, count, getattr(os, what))
+                os.posix_fadvise(self._file, 0, 0, getattr(os, what))  # all of it
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
