@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.decode import LARGE, bandwidth, rounded, write_model, write_packed
+from benchmarks.decode import LARGE, bandwidth, kernels_on, rounded, write_model, write_packed
 
 SIZES: dict[str, Any] = LARGE | {"num_hidden_layers": 4, "max_position_embeddings": 32768}
 CACHES = ("fp16", "kivi4", "kivi2")
@@ -75,13 +75,9 @@ def main() -> None:
 
     from trimtab.catalogue import keep_benchmark
     from trimtab.engine.session import Runtime
-    from trimtab.kernels.native import native
     from trimtab.loading import load
 
-    kernels = native()
-    assert kernels is not None, "no kernels were compiled, so there is nothing to measure"
-    kernels.set_threads(asked.threads)
-    torch.set_num_threads(asked.threads)
+    kernels = kernels_on(asked.threads)
     load_at_start = os.getloadavg()[0]
     sizes = SIZES | {"num_hidden_layers": 1} if asked.small else SIZES
     with tempfile.TemporaryDirectory() as temporary:

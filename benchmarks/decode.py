@@ -67,6 +67,17 @@ print(time.time())
 """
 
 
+def kernels_on(threads: int) -> Any:
+    """The kernels, they and torch on so many threads."""
+    from trimtab.kernels.native import native
+
+    kernels = native()
+    assert kernels is not None, "no kernels were compiled, so there is nothing to measure"
+    kernels.set_threads(threads)
+    torch.set_num_threads(threads)
+    return kernels
+
+
 # ---- the model
 
 
@@ -381,12 +392,8 @@ def main() -> None:
     asked = parser.parse_args()
 
     from trimtab.catalogue import keep_benchmark
-    from trimtab.kernels.native import native
 
-    kernels = native()
-    assert kernels is not None, "no kernels were compiled, so there is nothing to measure"
-    kernels.set_threads(asked.threads)
-    torch.set_num_threads(asked.threads)
+    kernels = kernels_on(asked.threads)
     load = os.getloadavg()[0]
     sizes = SMALL if asked.small else LARGE
     prompt = torch.randint(1000, (max(PROMPT, *LENGTHS),), generator=torch.Generator().manual_seed(1))

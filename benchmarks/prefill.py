@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.decode import LARGE, rounded, write_model, write_packed
+from benchmarks.decode import LARGE, kernels_on, rounded, write_model, write_packed
 
 MEDIAN, SIGMA, LONGEST = 64, 1.0, 1024
 NARROW: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 1000}
@@ -94,13 +93,9 @@ def main() -> None:
     from trimtab.engine.books import Books
     from trimtab.engine.serving import Service
     from trimtab.engine.session import Runtime
-    from trimtab.kernels.native import native
     from trimtab.loading import load
 
-    kernels = native()
-    assert kernels is not None, "no kernels were compiled, so there is nothing to measure"
-    kernels.set_threads(asked.threads)
-    torch.set_num_threads(asked.threads)
+    kernels = kernels_on(asked.threads)
     load_at_start = os.getloadavg()[0]
     sizes = LARGE | {"num_hidden_layers": asked.blocks} | (NARROW if asked.small else {})
     prompts = prompts_of(16 if asked.small else asked.requests, asked.seed, sizes["vocab_size"])

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.decode import LARGE, SMALL, rounded, write_model, write_packed
+from benchmarks.decode import LARGE, SMALL, kernels_on, rounded, write_model, write_packed
 
 REGISTERED, ACTIVE, RANK, ROLES = 2000, 200, 8, ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -90,15 +90,11 @@ def main() -> None:
     from trimtab.core.method import Scheduler, method
     from trimtab.engine.serving import Order, Service
     from trimtab.formats.peft import read_adapter
-    from trimtab.kernels.native import native
     from trimtab.models.pocket import POCKET
     from trimtab.server.worker import Worker, arguments
     from trimtab.tasks.traffic import Call, Outcome, calls, serve
 
-    kernels = native()
-    assert kernels is not None, "no kernels were compiled, so there is nothing to measure"
-    kernels.set_threads(asked.threads)
-    torch.set_num_threads(asked.threads)
+    kernels = kernels_on(asked.threads)
     load, sizes = os.getloadavg()[0], SMALL if asked.small else LARGE
     with tempfile.TemporaryDirectory() as temporary:
         root = (asked.folder or Path(temporary)) / ("small" if asked.small else "large")
